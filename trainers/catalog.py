@@ -90,8 +90,8 @@ DATASETS = {
 }
 
 PROBES = {
-    "linear": ProbeEntry(build="trainers.probes.linear:probe", needs=("classes",)),
-    "knn": ProbeEntry(build="trainers.probes.knn:probe", needs=("classes",)),
+    "linear": ProbeEntry(build="trainers.probes.linear:fit", needs=("classes",)),
+    "knn": ProbeEntry(build="trainers.probes.knn:fit", needs=("classes",)),
 }
 
 

@@ -11,9 +11,20 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from trainers import catalog, presets
+from trainers.conflicts import conflicts
+from trainers.explain import ConfigError, Fault, ImpossibleError, did_you_mean, explain, shown
 
 MAX_REGISTERS = 16  # the largest count in the paper (Fig. 8)
 
@@ -28,12 +39,37 @@ def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _known(name: str, allowed: Mapping[str, object], own: bool) -> str:
-    """`name` if the catalog has it or, where `own` parts are allowed, if it is a dotted path."""
-    if name in allowed or (own and catalog.is_dotted_path(name)):
-        return name
-    choices = [*allowed, *(["package.module:attribute of your own"] if own else [])]
-    raise ValueError(f"{name!r} does not exist; allowed: {', '.join(choices)}")
+def _known(names: Mapping[str, object], own: str | None = None) -> tuple[AfterValidator, WithJsonSchema]:
+    """Annotations of a name that the catalog must have or, with `own`, that may be a dotted path such as `own`."""
+
+    def check(name: str) -> str:
+        if name in names or (own is not None and catalog.is_dotted_path(name)):
+            return name
+        choices = [*names, *([f"{own} of your own"] if own else [])]
+        raise ValueError(
+            f"is {shown(name)}, which does not exist{did_you_mean(name, names)}; allowed: {', '.join(choices)}"
+        )
+
+    choice: dict[str, Any] = {"enum": list(names)}
+    path = {"type": "string", "pattern": r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"}
+    return AfterValidator(check), WithJsonSchema({"anyOf": [choice, path]} if own else choice)
+
+
+def _rising(lowest: float, highest: float) -> AfterValidator:
+    """Annotation of two numbers, the first not above the second, both within the limits."""
+
+    def check(pair: tuple[float, float]) -> tuple[float, float]:
+        if not lowest <= pair[0] <= pair[1] <= highest:
+            raise ValueError(f"is {shown(pair)}; allowed: two rising numbers from {lowest} to {highest}")
+        return pair
+
+    return AfterValidator(check)
+
+
+def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError(f"is {shown(names)}; each may be named once")
+    return names
 
 
 class Section(BaseModel):
@@ -45,39 +81,24 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The Vision Transformer."""
 
-    size: str = Field("small", description="width, depth and heads by name; see trainers.catalog.MODEL_SIZES")
+    size: Annotated[str, *_known(catalog.MODEL_SIZES)] = Field(
+        "small", description="width, depth and heads by name; see trainers.catalog.MODEL_SIZES"
+    )
     patch_size: int = Field(16, ge=1, le=64, description="side of a patch in px; 14 in DINOv2, 16 elsewhere")
-    image_size: int | Literal["auto"] = Field("auto", description="side in px of the images that are trained on")
+    image_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        "auto", description="side in px of the images that are trained on"
+    )
     num_registers: int = Field(0, ge=0, le=MAX_REGISTERS, description="register tokens; 4 in the paper's tables")
-    reg_init_std: float | Literal["auto"] | None = Field(
+    reg_init_std: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] | None = Field(
         "auto",
         description="standard deviation of the registers' initialisation; 1e-6 in DINOv2, where registers that start "
         "equal stay nearly equal for long: 0.02 in short runs; null with 0 registers",
     )
     layer_scale: float | None = Field(1e-4, gt=0, description="initial LayerScale, null for none; 1e-4 in DeiT-III")
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate, constant over depth; 0.1 in DeiT-III")
-    factory: str | None = Field(None, description="a backbone of your own, as package.module:build")
-
-    @field_validator("size")
-    @classmethod
-    def _known_size(cls, size: str) -> str:
-        return _known(size, catalog.MODEL_SIZES, own=False)
-
-    @field_validator("factory")
-    @classmethod
-    def _dotted_factory(cls, factory: str | None) -> str | None:
-        return None if factory is None else _known(factory, {}, own=True)
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        if isinstance(self.image_size, int):
-            if not 1 <= self.image_size <= 1024:
-                raise ValueError(f"image_size is {self.image_size}; allowed: 1 to 1024 px")
-            if self.image_size % self.patch_size:
-                raise ValueError(f"patch_size {self.patch_size} does not divide image_size {self.image_size}")
-        if isinstance(self.reg_init_std, float) and not 0 <= self.reg_init_std <= 1:
-            raise ValueError(f"reg_init_std is {self.reg_init_std}; allowed: 0 to 1")
-        return self
+    factory: Annotated[str, *_known({}, own="package.module:build")] | None = Field(
+        None, description="a backbone of your own, as package.module:build"
+    )
 
 
 class ScenesConfig(Section):
@@ -87,52 +108,33 @@ class ScenesConfig(Section):
     num_validation: int = Field(1_000, ge=1, le=1_000_000)
     num_test: int = Field(2_000, ge=1, le=1_000_000)
     contrast: float = Field(0.3, ge=0, le=1, description="contrast of the photograph behind the digits")
-    main_size: Annotated[tuple[float, float], BeforeValidator(_listed)] = Field(
+    main_size: Annotated[tuple[float, float], BeforeValidator(_listed), _rising(0.1, 1)] = Field(
         (0.8, 1.0), description="smallest and largest side of the main digit as a fraction of the image's side"
     )
-    num_others: Annotated[tuple[int, int], BeforeValidator(_listed)] = Field(
+    num_others: Annotated[tuple[int, int], BeforeValidator(_listed), _rising(0, 8)] = Field(
         (0, 0), description="fewest and most smaller digits besides the main one"
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> ScenesConfig:
-        if not 0.1 <= self.main_size[0] <= self.main_size[1] <= 1:
-            raise ValueError(f"main_size is {list(self.main_size)}; allowed: two rising numbers from 0.1 to 1")
-        if not 0 <= self.num_others[0] <= self.num_others[1] <= 8:
-            raise ValueError(f"num_others is {list(self.num_others)}; allowed: two rising numbers from 0 to 8")
-        return self
 
 
 class DataConfig(Section):
     """What is trained and evaluated on."""
 
-    train: str = Field("scenes", description="a data set of the catalog, or your own as package.module:build")
+    train: Annotated[str, *_known(catalog.DATASETS, own="package.module:build")] = Field(
+        "scenes", description="a data set of the catalog, or your own as package.module:build"
+    )
     name: str | None = Field(
         None,
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
-        description="logical name of an image folder, part of the identity; where it lies is execution.data_root",
+        description="logical name of an image folder, part of the identity; where it lies is execution.data_root; "
+        "null for data sets of the catalog that have a name already",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="of generated data and of splits; not the trial's seed")
-    decode_size: int | Literal["auto", "original"] = Field(
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of generated data and of splits; not the trial's seed")
+    decode_size: Annotated[int, Field(ge=8, le=2048)] | Literal["auto", "original"] = Field(
         "auto", description="side in px to which images are decoded once; small crops see it, so it is identity"
     )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="of training, where there is no validation set")
     max_unreadable: float = Field(0.001, ge=0, le=1, description="fraction of unreadable images that is tolerated")
     scenes: ScenesConfig | None = Field(default_factory=ScenesConfig, description="null for other data sets")
-
-    @field_validator("train")
-    @classmethod
-    def _known_data(cls, train: str) -> str:
-        return _known(train, catalog.DATASETS, own=True)
-
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        if isinstance(self.decode_size, int) and not 8 <= self.decode_size <= 2048:
-            raise ValueError(f"decode_size is {self.decode_size}; allowed: 8 to 2048 px")
-        entry = catalog.DATASETS.get(self.train)
-        if entry is not None and entry.needs_root and self.name is None:
-            raise ValueError(f"name is missing: data.train {self.train!r} needs a logical name in data.name")
-        return self
 
 
 class OptimConfig(Section):
@@ -142,31 +144,21 @@ class OptimConfig(Section):
     lr: float = Field(1e-3, gt=0, le=10, description="peak learning rate")
     min_lr: float = Field(1e-5, ge=0, le=10, description="at the end of the cosine")
     warmup_lr: float = Field(1e-6, ge=0, le=10, description="at step 0")
-    warmup_steps: int | Literal["auto"] = Field("auto", description="linear warm-up; auto is 5 % of the steps")
+    warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="linear warm-up; auto is 5 % of the steps"
+    )
     steps: int = Field(1_000, ge=1, le=100_000_000, description="optimiser steps")
     batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step over all ranks")
-    micro_batch_size: int | Literal["auto"] = Field(
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="images per forward pass; must divide batch_size; auto is the whole batch"
     )
     weight_decay: float = Field(0.05, ge=0, le=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     clip_grad: float | None = Field(None, gt=0, description="largest norm of all gradients together, null for none")
-    ema_decay: float | Literal["auto"] | None = Field(
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] | None = Field(
         None, description="of the averaged weights, null for none; auto fits it to the length; 0.99996 in DeiT-III"
     )
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimConfig:
-        if isinstance(self.micro_batch_size, int) and (
-            self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size
-        ):
-            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        if isinstance(self.warmup_steps, int) and not 0 <= self.warmup_steps <= self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; allowed: 0 to steps ({self.steps})")
-        if isinstance(self.ema_decay, float) and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; allowed: 0 to below 1")
-        return self
 
 
 class DeiT3Config(Section):
@@ -209,18 +201,15 @@ class KnnConfig(Section):
 class EvaluationConfig(Section):
     """Which probes run on the frozen backbone, on how many images, and how often."""
 
-    probes: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(("linear", "knn"))
+    probes: Annotated[
+        tuple[Annotated[str, *_known(catalog.PROBES, own="package.module:probe")], ...],
+        BeforeValidator(_listed),
+        AfterValidator(_distinct),
+    ] = Field(("linear", "knn"))
     points: int = Field(5, ge=1, le=1_000, description="evaluations in a run, evenly spaced, the last at the end")
-    train_images: int = Field(4_000, ge=16, description="most training images that probes learn from")
+    train_images: int = Field(4_000, ge=16, le=100_000_000, description="most training images that probes learn from")
     linear: LinearConfig | None = Field(default_factory=LinearConfig, description="null where the probe is off")
     knn: KnnConfig | None = Field(default_factory=KnnConfig, description="null where the probe is off")
-
-    @field_validator("probes")
-    @classmethod
-    def _known_probes(cls, probes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(probes)) != len(probes):
-            raise ValueError("a probe is named twice")
-        return tuple(_known(name, catalog.PROBES, own=True) for name in probes)
 
 
 class ExecutionConfig(Section):
@@ -237,9 +226,11 @@ class ExecutionConfig(Section):
 class TrialConfig(Section):
     """One trial. Build it with `resolve`, which expands presets, decides every `auto` and nulls idle settings."""
 
-    method: str = Field("deit3", description="a method of the catalog, or your own as package.module:Class")
+    method: Annotated[str, *_known(catalog.METHODS, own="package.module:Class")] = Field(
+        "deit3", description="a method of the catalog, or your own as package.module:Class"
+    )
     preset: str = Field("short", description="recipe whose values replace the defaults; not part of the identity")
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the forward pass")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -249,18 +240,10 @@ class TrialConfig(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
 
-    @field_validator("method")
-    @classmethod
-    def _known_method(cls, method: str) -> str:
-        return _known(method, catalog.METHODS, own=True)
-
     @model_validator(mode="after")
     def _check(self) -> TrialConfig:
-        provided = catalog.provides(self.data.train)
-        if provided is not None and self.method in catalog.METHODS:
-            for need in catalog.METHODS[self.method].needs:
-                if need not in provided:
-                    raise ValueError(f"method {self.method!r} needs {need}, which {self.data.train!r} does not provide")
+        if found := list(conflicts(self)):
+            raise ImpossibleError(found)
         return self
 
 
@@ -271,14 +254,24 @@ def resolve(settings: Mapping[str, Any]) -> TrialConfig:
     alone, never from the machine, since the result is the trial's identity.
 
     Raises:
-        ValueError: a preset does not exist, or (as pydantic.ValidationError) a setting is unknown or not allowed.
+        ConfigError: a ValueError with everything that is unknown, not allowed or impossible together.
     """
     given = flatten(settings)
     method = given.get("method", TrialConfig.model_fields["method"].default)
     name = given.get("preset", TrialConfig.model_fields["preset"].default)
-    layered = {**presets.preset(str(method), str(name)), **given}
-    raw = TrialConfig.model_validate(nest(layered))
-    return TrialConfig.model_validate(nest(_settle(raw)))
+    try:
+        recipe = presets.preset(str(method), str(name))
+        nested = nest({**recipe, **given})
+    except ValueError as error:
+        raise ConfigError([Fault((), str(error), ("preset", "method"))]) from error
+    return _validated(nest(_settle(_validated(nested))))
+
+
+def _validated(nested: Mapping[str, Any]) -> TrialConfig:
+    try:
+        return TrialConfig.model_validate(nested)
+    except ValidationError as error:
+        raise ConfigError(explain(error, TrialConfig)) from error
 
 
 def _settle(config: TrialConfig) -> dict[str, Any]:
@@ -290,7 +283,7 @@ def _settle(config: TrialConfig) -> dict[str, Any]:
         side = data["decode_size"] if isinstance(data["decode_size"], int) else (native or 224)
         model["image_size"] = max(side // model["patch_size"], 1) * model["patch_size"]
     if data["decode_size"] == "auto":
-        data["decode_size"] = native or model["image_size"] * 8 // 7  # the usual 256 px for 224 px
+        data["decode_size"] = native or max(model["image_size"] * 8 // 7, 8)  # the usual 256 px for 224 px
     if model["num_registers"] == 0:
         model["reg_init_std"] = None
     elif model["reg_init_std"] in ("auto", None):
@@ -306,6 +299,8 @@ def _settle(config: TrialConfig) -> dict[str, Any]:
         values["precision"] = "bf16" if large else "fp32"  # bf16 is slower for small shapes on CPUs
     if config.data.train != "scenes":
         data["scenes"] = None
+    if config.data.train in catalog.DATASETS and not catalog.DATASETS[config.data.train].needs_root:
+        data["name"] = None
     for name, entry in catalog.METHODS.items():
         if entry.section is not None and config.method != name:
             values[entry.section] = None
@@ -343,16 +338,19 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def fields(section: type[BaseModel] = TrialConfig, prefix: str = "") -> Iterator[str]:
     """Dotted names of all settings, in the order in which they are declared."""
-    for name, info in section.model_fields.items():
-        inner = [t for t in (info.annotation, *get_args(info.annotation)) if _is_section(t)]
-        if inner:
-            yield from fields(inner[0], f"{prefix}{name}.")
+    for name in section.model_fields:
+        inner = section_of(section, name)
+        if inner is not None:
+            yield from fields(inner, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
-def _is_section(annotation: object) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The section that field `name` of `section` holds; None where it is a setting, or no field at all."""
+    info = section.model_fields.get(name)
+    members = () if info is None else (info.annotation, *get_args(info.annotation))
+    return next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
 
 
 def is_execution(name: str) -> bool:
@@ -363,7 +361,8 @@ def is_execution(name: str) -> bool:
 def identity(config: TrialConfig) -> dict[str, Any]:
     """What a trial computes: all dotted settings but those of its execution, nulls, and those that mean "as before"."""
     flat = flatten(config.model_dump(mode="json"))
-    return {k: v for k, v in flat.items() if not is_execution(k) and v is not None and AS_BEFORE.get(k) != v}
+    kept = {k: v for k, v in flat.items() if not is_execution(k) and v is not None and AS_BEFORE.get(k) != v}
+    return {k: 0.0 if v == 0.0 and isinstance(v, float) else v for k, v in kept.items()}  # -0.0 is 0.0
 
 
 def trial_id(config: TrialConfig) -> str:

@@ -1,0 +1,76 @@
+"""From a sweep's folder to its tables, figures, report and terminal table: the one entry of the analysis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the analysis of a sweep made and where it lies."""
+
+    answer: str
+    terminal: Table
+    tables: dict[str, Path]  # runs, metrics, token_norms, ablation
+    figures: tuple[Path, ...]
+    report: Path
+    problems: tuple[str, ...]
+
+
+def analyse(folder: Path) -> Analysis:
+    """Writes `folder`/tables/*.parquet, figures/* and report.html from what the sweep in `folder` has published.
+
+    It may be called while the sweep runs or before any trial has finished: then there are fewer numbers. The same
+    published files give the same bytes.
+
+    Raises:
+        ValueError: `folder` is not a sweep's folder.
+    """
+    from analysis import report, tables, terminal
+    from analysis.answer import answer
+    from analysis.cells import cells, varying
+    from analysis.collect import collect
+    from analysis.pictures import draw
+    from analysis.publish import publish_bytes, write_tables
+
+    frames = collect(folder)
+    scores = tables.last_scores(frames)
+    ablation = tables.ablation(frames)
+    written = write_tables(
+        folder / "tables",
+        {"runs": frames.runs, "metrics": frames.metrics, "token_norms": frames.token_norms, "ablation": ablation},
+    )
+    apart = varying(frames.plan.axes, cells(frames.plan))
+    rows = ablation.to_pylist()
+    sentence = answer(frames.plan, rows, apart)
+    pictures = draw(frames, scores)
+    problems = (*frames.problems, *pictures.problems)
+    figures = _publish_figures(folder / "figures", {d.name: (d.png, d.svg) for d in pictures.drawn})
+    page = report.render(frames, ablation, scores, sentence, apart, pictures.drawn, problems)
+    return Analysis(
+        answer=sentence,
+        terminal=terminal.ablation_table(frames.plan, rows, apart),
+        tables=written,
+        figures=figures,
+        report=publish_bytes(folder / "report.html", page.encode("utf-8")),
+        problems=problems,
+    )
+
+
+def _publish_figures(folder: Path, drawn: dict[str, tuple[bytes, bytes]]) -> tuple[Path, ...]:
+    """Publishes NAME.png and NAME.svg; pictures of an earlier analysis that are no longer drawn are removed."""
+    from analysis.publish import publish_bytes
+
+    kept = [folder / f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
+    for path in kept:
+        png, svg = drawn[path.stem]
+        publish_bytes(path, png if path.suffix == ".png" else svg)
+    if folder.is_dir():
+        for stale in {*folder.glob("*.png"), *folder.glob("*.svg")} - set(kept):
+            stale.unlink()
+    return tuple(kept)

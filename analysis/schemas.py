@@ -1,0 +1,107 @@
+"""Columns and types of the four published tables, and how a column is typed from a setting's values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+# What may stand in `runs.status`; a planned trial without an accepted result is "missing".
+STATUSES = ("finished", "diverged", "pruned", "stopped", "failed", "missing")
+
+RUNS = pa.schema(
+    [
+        ("trial_id", pa.string()),
+        ("sweep", pa.string()),
+        ("status", pa.string()),
+        ("attempts", pa.int64()),
+        ("mlflow_run_id", pa.string()),
+        ("started", pa.timestamp("us", tz="UTC")),
+        ("seconds", pa.float64()),
+        ("gpu_seconds", pa.float64()),
+        ("images_per_second", pa.float64()),
+        ("steps", pa.int64()),
+        ("device", pa.string()),
+        ("threads", pa.int64()),
+        ("git_commit", pa.string()),
+        ("versions", pa.string()),  # JSON object, package to version, keys sorted
+        ("data_fingerprint", pa.string()),
+        ("error", pa.string()),  # "Type: message"; the traceback stays in result.json
+    ]
+)
+
+METRICS = pa.schema([("trial_id", pa.string()), ("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
+
+_NORM_NUMBERS = (
+    *("mean", "median", "p90", "p98", "p99", "p999", "max", "max_over_median", "kurtosis", "kurtosis_log"),
+    *("outlier_fraction", "outlier_fraction_150", "otsu_threshold"),
+)
+TOKEN_NORMS = pa.schema(
+    [
+        ("trial_id", pa.string()),
+        ("step", pa.int64()),
+        ("layer", pa.int64()),
+        ("token", pa.string()),
+        ("source", pa.string()),
+        ("weights", pa.string()),
+        ("count", pa.int64()),
+        *((name, pa.float64()) for name in _NORM_NUMBERS),
+        ("histogram", pa.list_(pa.struct([("bin", pa.int32()), ("count", pa.int64())]))),
+    ]
+)
+
+# After the columns of the axes.
+ABLATION = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("primary", pa.bool_()),
+        ("n", pa.int64()),
+        ("n_missing", pa.int64()),
+        ("n_failed", pa.int64()),
+        ("n_diverged", pa.int64()),
+        ("n_pruned", pa.int64()),
+        ("n_stopped", pa.int64()),
+        ("mean", pa.float64()),
+        ("std", pa.float64()),
+        ("n_paired", pa.int64()),
+        ("baseline_mean", pa.float64()),
+        ("delta", pa.float64()),
+        ("delta_low", pa.float64()),
+        ("delta_high", pa.float64()),
+        ("interval_method", pa.string()),
+        ("p_value", pa.float64()),
+        ("p_adjusted", pa.float64()),
+        ("flags", pa.list_(pa.string())),
+    ]
+)
+
+
+def setting_type(values: Iterable[object]) -> pa.DataType:
+    """The column type that holds all `values` of a setting: bool, int64, float64 or string.
+
+    Nulls fit every type; integers beside floats become floats; anything mixed or compound becomes JSON text.
+    """
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int}:
+        return pa.int64()
+    if kinds and kinds <= {int, float}:
+        return pa.float64()
+    return pa.string()
+
+
+def setting_column(values: Sequence[object]) -> pa.Array:
+    """A setting's values as an array of `setting_type(values)`; shape [len(values)]."""
+    kind = setting_type(values)
+    if kind != pa.string():
+        return pa.array(values, type=kind)
+    texts = all(value is None or isinstance(value, str) for value in values)
+    return pa.array([value if texts or value is None else canonical(value) for value in values], type=kind)
+
+
+def canonical(value: Any) -> str:
+    """JSON of `value` with sorted keys and no spaces: equal values have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

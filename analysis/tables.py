@@ -1,0 +1,206 @@
+"""Frames to the ablation table: one row for each cell and metric; pure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from analysis import statistics
+from analysis.cells import Cell, baseline_of, cells, is_baseline
+from analysis.collect import Frames
+from analysis.schemas import ABLATION, STATUSES, setting_column
+
+NO_BASELINE = "none: no baseline"
+IS_BASELINE = "none: baseline"
+
+# Provenance that all finished trials of a cell, and of its baseline, should share: column of `runs`, name in flags.
+_PROVENANCE = {
+    "device": "device",
+    "threads": "threads",
+    "git_commit": "git_commit",
+    "versions": "versions",
+    "data_fingerprint": "data",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a finished trial reached: its value at its last step with that metric."""
+
+    step: int
+    value: float
+
+
+Scores = Mapping[str, Mapping[str, Score]]  # metric to trial_id to score
+
+
+def last_scores(frames: Frames) -> Scores:
+    """The scores of all finished trials, of every metric. A value that is null or not finite is kept as NaN."""
+    statuses = frames.runs["status"].to_pylist()
+    finished = {
+        t for t, status in zip(frames.runs["trial_id"].to_pylist(), statuses, strict=True) if status == "finished"
+    }
+    # The table is sorted by trial and step, so the last row of a group is that of its last step.
+    last = frames.metrics.group_by(["trial_id", "name"], use_threads=False).aggregate(
+        [("step", "last"), ("value", "last")]
+    )
+    found: dict[str, dict[str, Score]] = {}
+    columns = (last[name].to_pylist() for name in ("trial_id", "name", "step_last", "value_last"))
+    for trial_id, name, step, value in zip(*columns, strict=True):
+        if trial_id in finished:
+            finite = value is not None and math.isfinite(value)
+            found.setdefault(name, {})[trial_id] = Score(step, value if finite else math.nan)
+    return found
+
+
+def ablation(frames: Frames, interval: str = statistics.PAIRED_T) -> pa.Table:
+    """The table `ablation`: the axes, then schemas.ABLATION, sorted by axes and metric.
+
+    Every cell has a row for every metric that any trial has or that is declared primary. Only finished trials
+    count in `n` and `mean`; a finished trial without a finite value of the metric counts in `n_missing`, so that
+    n and the five other counts sum to the planned trials of the cell. `baseline_mean` and `delta` are over the
+    seeds that cell and baseline share. `p_adjusted` is Holm's correction over one family, all cells × all declared
+    primary metrics of the sweep; it is null for other metrics, which are exploratory.
+
+    Args:
+        interval: statistics.PAIRED_T, or statistics.POOLED_DUNNETT, which falls back to PAIRED_T where it cannot be.
+    """
+    everything = cells(frames.plan)
+    scores = last_scores(frames)
+    metrics = sorted(scores.keys() | set(frames.plan.primary))
+    states = _states(frames)
+    baselines = {cell.key: baseline_of(cell, everything, frames.plan.baseline) for cell in everything}
+    cell_flags = {cell.key: _cell_flags(cell, baselines[cell.key], states) for cell in everything}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for metric in metrics:
+        by_trial = scores.get(metric, {})
+        values = {cell.key: _by_seed(cell, by_trial) for cell in everything}
+        differences = _differences(everything, baselines, values, frames.plan.baseline, interval)
+        for cell in everything:
+            row = _row(cell, metric, values[cell.key], differences[cell.key], states)
+            row["primary"] = metric in frames.plan.primary
+            row["flags"] = sorted({*cell_flags[cell.key], *_row_flags(cell, row, differences[cell.key], by_trial)})
+            rows[cell.key, metric] = row
+    ordered = [rows[cell.key, metric] for cell in everything for metric in metrics]
+    tested = [row for row in ordered if row["primary"]]
+    for row, adjusted in zip(tested, statistics.holm([row["p_value"] for row in tested]), strict=True):
+        row["p_adjusted"] = adjusted
+    return _table(list(frames.plan.axes), ordered)
+
+
+def _states(frames: Frames) -> dict[str, dict[str, Any]]:
+    """Status and provenance of every trial, by trial_id."""
+    columns = frames.runs.select(["trial_id", "status", *_PROVENANCE])
+    return {row["trial_id"]: row for row in columns.to_pylist()}
+
+
+def _by_seed(cell: Cell, by_trial: Mapping[str, Score]) -> dict[int, float]:
+    found = {trial.seed: by_trial[trial.trial_id].value for trial in cell.trials if trial.trial_id in by_trial}
+    return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+
+def _differences(
+    everything: Sequence[Cell],
+    baselines: Mapping[str, Cell | None],
+    values: Mapping[str, Mapping[int, float]],
+    declared: Mapping[str, Any] | None,
+    interval: str,
+) -> dict[str, statistics.Difference]:
+    """The difference of every cell to its baseline cell, by cell key; nulls with a reason where there is none."""
+    found: dict[str, statistics.Difference] = {}
+    groups: dict[str, dict[str, Mapping[int, float]]] = {}
+    for cell in everything:
+        baseline = baselines[cell.key]
+        if baseline is None or is_baseline(cell, declared):
+            reason = IS_BASELINE if is_baseline(cell, declared) else NO_BASELINE
+            found[cell.key] = statistics.Difference(0, None, None, None, None, reason, None)
+        else:
+            found[cell.key] = statistics.paired_t(values[cell.key], values[baseline.key])
+            groups.setdefault(baseline.key, {baseline.key: values[baseline.key]})[cell.key] = values[cell.key]
+    if interval == statistics.POOLED_DUNNETT:
+        for baseline_key, group in groups.items():
+            whole = {key: by_seed for key, by_seed in group.items() if by_seed.keys() == values[baseline_key].keys()}
+            try:
+                found |= statistics.pooled_dunnett(whole, baseline_key)
+            except ValueError:  # nothing to pool: the paired differences stand
+                continue
+    return found
+
+
+def _row(
+    cell: Cell,
+    metric: str,
+    by_seed: Mapping[int, float],
+    difference: statistics.Difference,
+    states: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    counts = Counter(states[trial.trial_id]["status"] for trial in cell.trials)
+    summary = statistics.summarise([by_seed[seed] for seed in sorted(by_seed)])
+    return {
+        **cell.values,
+        "metric": metric,
+        "n": summary.n,
+        "n_missing": counts["missing"] + counts["finished"] - summary.n,
+        **{f"n_{status}": counts[status] for status in STATUSES if status not in ("finished", "missing")},
+        "mean": summary.mean,
+        "std": summary.std,
+        "n_paired": difference.n_paired,
+        "baseline_mean": difference.baseline_mean,
+        "delta": difference.delta,
+        "delta_low": difference.low,
+        "delta_high": difference.high,
+        "interval_method": difference.method,
+        "p_value": difference.p_value,
+        "p_adjusted": None,
+    }
+
+
+def _row_flags(
+    cell: Cell, row: Mapping[str, Any], difference: statistics.Difference, by_trial: Mapping[str, Score]
+) -> set[str]:
+    scores = [by_trial[trial.trial_id] for trial in cell.trials if trial.trial_id in by_trial]
+    flags = {f"{status}" for status in STATUSES[1:] if row[f"n_{status}"]}
+    conditions = {
+        "baseline": row["interval_method"] == IS_BASELINE,
+        "mixed_steps": len({score.step for score in scores}) > 1,
+        "no_baseline": row["interval_method"] == NO_BASELINE or difference.method == statistics.NO_PAIR,
+        "no_variance": difference.no_variance,
+        "not_finite": any(math.isnan(score.value) for score in scores),
+        "one_seed": row["n"] == 1 or difference.n_paired == 1,
+        "partly_paired": 0 < difference.n_paired < row["n"],
+    }
+    return flags | {flag for flag, holds in conditions.items() if holds}
+
+
+def _cell_flags(cell: Cell, baseline: Cell | None, states: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """`mixed_X`: the cell's finished trials differ in X; `baseline_other_X`: they differ in it from the baseline's."""
+    flags: set[str] = set()
+    for column, name in _PROVENANCE.items():
+        own = _finished(cell, column, states)
+        if len(own) > 1:
+            flags.add(f"mixed_{name}")
+        elif baseline is not None and len(_finished(baseline, column, states) | own) > 1 and own:
+            other_data = name == "data" and any(axis.startswith("data.") for axis in _changed(cell, baseline))
+            flags |= set() if other_data else {f"baseline_other_{name}"}
+    return flags
+
+
+def _finished(cell: Cell, column: str, states: Mapping[str, Mapping[str, Any]]) -> set[Any]:
+    rows = (states[trial.trial_id] for trial in cell.trials)
+    return {row[column] for row in rows if row["status"] == "finished"}
+
+
+def _changed(cell: Cell, other: Cell) -> list[str]:
+    return [axis for axis, value in cell.values.items() if other.values[axis] != value]
+
+
+def _table(axes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+    columns = {axis: setting_column([row[axis] for row in rows]) for axis in axes}
+    for field in ABLATION:
+        columns[field.name] = pa.array([row[field.name] for row in rows], type=field.type)
+    return pa.table(columns)

@@ -1,0 +1,68 @@
+"""The cells of a sweep: combinations of axis values, with `when` applied and `exclude` left out; pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.sweep import When
+from trainers import presets
+from trainers.config import TrialConfig, flatten
+
+Condition = Mapping[str, tuple[Any, ...]]  # every named setting has one of the values
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of axis values, and all settings that hold in it by dotted name."""
+
+    values: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What decides the cells of a sweep; all values as a TrialConfig would hold them."""
+
+    trial: Mapping[str, Any]
+    axes: Mapping[str, tuple[Any, ...]]
+    when: Sequence[When]
+    exclude: Sequence[Condition]
+
+    def size(self) -> int:
+        """The number of combinations, the excluded ones included."""
+        return math.prod(len(values) for values in self.axes.values())
+
+    def cells(self) -> Iterator[Cell]:
+        """All cells in the order of the file: the last axis varies fastest.
+
+        A condition on a setting that is no axis sees the base, its preset and the defaults, never what another
+        entry of `when` sets, so that conditions do not depend on the order of entries.
+        """
+        defaults = flatten(TrialConfig().model_dump())
+        for combination in itertools.product(*self.axes.values()):
+            values = dict(zip(self.axes, combination, strict=True))
+            if any(_holds(condition, values) for condition in self.exclude):
+                continue
+            base = {**self.trial, **values}
+            settings = dict(self.trial)
+            if self.when:
+                seen = {**defaults, **_recipe(base), **base}
+                for entry in self.when:
+                    if _holds(entry.condition, seen):
+                        settings.update(entry.settings)
+            yield Cell(values, {**settings, **values})
+
+
+def _holds(condition: Condition, settings: Mapping[str, Any]) -> bool:
+    return all(name in settings and settings[name] in allowed for name, allowed in condition.items())
+
+
+def _recipe(settings: Mapping[str, Any]) -> Mapping[str, object]:
+    """The preset's settings; none where there is no such preset, which resolving the cell will report."""
+    method = settings.get("method", TrialConfig.model_fields["method"].default)
+    name = settings.get("preset", TrialConfig.model_fields["preset"].default)
+    return presets.PRESETS.get(method, {}).get(name, {})

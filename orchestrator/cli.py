@@ -1,0 +1,202 @@
+"""The command line: arguments in, one function per command, errors as one clear message; imports nothing heavy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="orchestrate",
+    help="Ablations of Vision Transformers with register tokens: one YAML file, one command, tables you can trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+WRONG_INPUT = 2
+
+Storage = Annotated[
+    Path, typer.Option(envvar="ORCHESTRATE_STORAGE", help="Folder of trials, tables and reports.", show_default=True)
+]
+State = Annotated[
+    Path | None,
+    typer.Option(envvar="ORCHESTRATE_STATE", help="Local folder of ledger, MLflow store and cache. [default: storage]"),
+]
+TrackingUri = Annotated[
+    str | None,
+    typer.Option(envvar="ORCHESTRATE_TRACKING_URI", help="MLflow server or database. [default: STATE/mlflow.db]"),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting; may be repeated.")
+]
+SweepFile = Annotated[Path, typer.Argument(help="A sweep file (YAML).", metavar="FILE")]
+
+RUNS = Path("runs")
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of our own errors.")] = False,
+) -> None:
+    """Ablations of Vision Transformers with register tokens."""
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+
+
+@app.command()
+def sweep(
+    file: SweepFile,
+    set_: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Write to this name instead of the file's.")] = None,
+    storage: Storage = RUNS,
+    state: State = None,
+    tracking_uri: TrackingUri = None,
+    address: Annotated[str | None, typer.Option(metavar="RAY", help="A running Ray cluster, such as auto.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Most trials at a time.")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Run trials here, one by one, without Ray.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="One step of every cell, to see that it runs.")] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Run finished trials again too.")] = False,
+    accept_data_change: Annotated[
+        bool, typer.Option("--accept-data-change", help="Go on although the data under a name changed.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Run what is missing of a sweep, then print its ablation table and where everything lies."""
+    from orchestrator import driver
+
+    asked = driver.Options(
+        file=file,
+        storage=storage,
+        state=state or storage,
+        tracking_uri=tracking_uri,
+        overrides=tuple(set_ or ()),
+        name=name,
+        address=address,
+        max_concurrent=max_concurrent,
+        in_process=in_process,
+        smoke=smoke,
+        rerun=rerun,
+        accept_data_change=accept_data_change,
+        quiet=quiet,
+    )
+    raise typer.Exit(driver.sweep(asked))
+
+
+@app.command()
+def plan(
+    file: SweepFile,
+    set_: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Name instead of the file's.")] = None,
+    storage: Storage = RUNS,
+    state: State = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Only what is new, changed or no longer planned.")] = False,
+) -> None:
+    """Show the trials of a sweep, what exists already, and what it will cost; starts nothing."""
+    from orchestrator import inspect
+
+    inspect.plan(file, tuple(set_ or ()), name, storage, state or storage, as_json=json_, only_difference=diff)
+
+
+@app.command()
+def status(
+    sweep: Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")] = None,
+    storage: Storage = RUNS,
+    state: State = None,
+    failures: Annotated[bool, typer.Option("--failures", help="Show tracebacks of failed trials.")] = False,
+) -> None:
+    """Show the states of a sweep's trials."""
+    from orchestrator import inspect
+
+    inspect.status(sweep, storage, state or storage, failures=failures)
+
+
+@app.command()
+def logs(
+    trial: Annotated[str, typer.Argument(help="A trial's id or the beginning of it, or its name.")],
+    storage: Storage = RUNS,
+    state: State = None,
+) -> None:
+    """Print the log of a trial, attempt by attempt."""
+    from orchestrator import inspect
+
+    inspect.logs(trial, storage, state or storage)
+
+
+@app.command()
+def stop(
+    trial: Annotated[str, typer.Argument(help="A trial's id or the beginning of it, or its name.")],
+    storage: Storage = RUNS,
+    state: State = None,
+) -> None:
+    """Ask a running trial to checkpoint and end as `stopped`."""
+    from orchestrator import inspect
+
+    inspect.stop(trial, storage, state or storage)
+
+
+@app.command()
+def report(
+    sweeps: Annotated[list[str], typer.Argument(help="Names of sweeps.", metavar="SWEEP...")],
+    storage: Storage = RUNS,
+) -> None:
+    """Write tables, figures and report of finished or running sweeps."""
+    from orchestrator import inspect
+
+    inspect.report(sweeps, storage)
+
+
+@app.command()
+def ui(
+    state: State = None,
+    storage: Storage = RUNS,
+    tracking_uri: TrackingUri = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+) -> None:
+    """Open MLflow's user interface on this store, on 127.0.0.1."""
+    from orchestrator import tracking
+
+    folder = state or storage
+    uri = tracking_uri or tracking.default_tracking_uri(folder)
+    tracking.prepare_store(uri, folder)
+    command = tracking.ui_command(uri, port)
+    typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
+    os.execv(command[0], command)
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Argument(help="File to write; standard output without.")] = None,
+) -> None:
+    """Write the JSON Schema of sweep files, by which editors complete and check them."""
+    from orchestrator import schema as schemas
+
+    text = schemas.dump()
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text)
+
+
+def main() -> Any:
+    """Entry point: a user's error is one message and exit code 2, without a traceback unless --debug is given."""
+    try:
+        return app()
+    except (ValueError, OSError, RuntimeError) as error:
+        if "--debug" in sys.argv:
+            raise
+        if isinstance(error, RuntimeError) and not _is_ours(error):
+            raise
+        typer.echo(f"error: {error}" if len(str(error).splitlines()) == 1 else str(error), err=True)
+        raise SystemExit(WRONG_INPUT) from None
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error is one that our code raises on purpose, as the ledger's."""
+    return type(error).__module__.startswith(("orchestrator.", "trainers.", "analysis."))

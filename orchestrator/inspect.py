@@ -1,0 +1,168 @@
+"""The commands that look at sweeps without running them: plan, status, logs, stop, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from orchestrator import estimate, spec
+from orchestrator import plan as plans
+from orchestrator.layout import SweepLayout
+from orchestrator.ledger import Ledger, TrialRow
+
+
+def plan(
+    file: Path,
+    overrides: Sequence[str],
+    name: str | None,
+    storage: Path,
+    state: Path,
+    *,
+    as_json: bool,
+    only_difference: bool,
+) -> None:
+    """Print the trials of a sweep file, which of them exist, and estimates."""
+    asked = spec.read_sweep(file, overrides, name)
+    planned = plans.build_plan(asked)
+    cost = estimate.estimate(planned.trials)
+    layout = SweepLayout(storage.resolve(), state.resolve(), asked.name)
+    rows = _rows(layout)
+    difference = plans.diff(planned, {row.trial_id: row.state for row in rows})
+    if as_json:
+        states = {row.trial_id: row.state for row in rows}
+        listed = planned.to_json(cost.to_json())
+        for entry in listed["trials"]:
+            entry["state"] = states.get(entry["trial_id"], "planned")
+        print(json.dumps(listed, indent=1))
+        return
+    print(f"{asked.name}: {asked.question}")
+    print(f"{len(planned.trials)} trials in {len(planned.cells)} cells, seeds {list(asked.seeds)}")
+    parts = {"new": difference.new, "not finished": difference.unfinished, "over": difference.over}
+    for title, trials in parts.items():
+        print(f"{title}: {len(trials)}")
+        for trial in trials if only_difference and title != "over" else ():
+            print(f"  {trial.trial_id} {trial.name}")
+    print(f"no longer planned: {len(difference.removed)}")
+    for line in estimate.described(cost):
+        print(line)
+    print(plans.detectable(len(asked.seeds)))
+    for note in (*planned.notes, *filter(None, [spec.unsupported(asked)])):
+        print(f"note: {note}")
+
+
+def status(sweep: str | None, storage: Path, state: Path, *, failures: bool) -> None:
+    """Print counts of all sweeps, or every trial of one.
+
+    Raises:
+        ValueError: there is no such sweep.
+    """
+    if sweep is None:
+        for layout in _sweeps(storage, state):
+            counts = _counts(_rows(layout))
+            print(f"{layout.name}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
+        return
+    layout = _layout(sweep, storage, state)
+    for row in _rows(layout):
+        print(_line(row))
+        if failures and row.error is not None:
+            print(row.error.get("traceback") or row.error.get("message"))
+
+
+def _line(row: TrialRow) -> str:
+    step = "" if row.last_step is None else f" step {row.last_step}/{row.config['optim']['steps']}"
+    error = "" if row.error is None else f" — {str(row.error.get('message')).splitlines()[0][:100]}"
+    return f"{row.trial_id} {row.state:9} attempts {row.attempts}{step}  {row.name}{error}"
+
+
+def logs(trial: str, storage: Path, state: Path) -> None:
+    """Print the logs of all attempts of a trial.
+
+    Raises:
+        ValueError: no trial, or more than one, is meant.
+    """
+    layout, row = _find(trial, storage, state)
+    folder = layout.trial(row.trial_id)
+    for number in folder.attempts():
+        print(f"=== {row.name}, attempt {number} ===")
+        if folder.log(number).is_file():
+            print(folder.log(number).read_text(errors="replace"), end="")
+    if row.error is not None:
+        print(row.error.get("traceback") or row.error.get("message"))
+
+
+def stop(trial: str, storage: Path, state: Path) -> None:
+    """Ask a running trial to end.
+
+    Raises:
+        ValueError: no trial, or more than one, is meant, or it is not running.
+    """
+    layout, row = _find(trial, storage, state)
+    if row.state != "running":
+        raise ValueError(f"{row.name} is {row.state}; only a running trial can be stopped")
+    layout.trial(row.trial_id).stop_request.touch()
+    print(f"{row.name} will checkpoint and end as stopped")
+
+
+def report(sweeps: Sequence[str], storage: Path) -> None:
+    """Write tables, figures and report of each sweep and print its table.
+
+    Raises:
+        ValueError: there is no such sweep.
+    """
+    from rich.console import Console
+
+    from analysis.run import analyse
+
+    for name in sweeps:
+        layout = _layout(name, storage, storage)
+        analysis = analyse(layout.root)
+        Console(soft_wrap=True).print(analysis.terminal)
+        for problem in analysis.problems:
+            print(f"note: {problem}")
+        print(analysis.answer)
+        print(f"tables {layout.tables}/*.parquet\nreport {layout.report}")
+
+
+def _sweeps(storage: Path, state: Path) -> Iterator[SweepLayout]:
+    folders = sorted(state.iterdir()) if state.is_dir() else []
+    for folder in folders:
+        layout = SweepLayout(storage.resolve(), state.resolve(), folder.name)
+        if layout.ledger.is_file():
+            yield layout
+
+
+def _layout(sweep: str, storage: Path, state: Path) -> SweepLayout:
+    layout = SweepLayout(storage.resolve(), state.resolve(), sweep)
+    known = [folder.name for folder in storage.iterdir()] if storage.is_dir() else []
+    if sweep not in known or not layout.plan.is_file():
+        listed = ", ".join(found.name for found in _sweeps(storage, state)) or "none yet"
+        raise ValueError(f"there is no sweep {sweep!r} under {storage}; sweeps: {listed}")
+    return layout
+
+
+def _rows(layout: SweepLayout) -> list[TrialRow]:
+    if not layout.ledger.is_file():
+        return []
+    with Ledger.open(layout.ledger, writer=False) as ledger:
+        return ledger.rows()
+
+
+def _counts(rows: Sequence[TrialRow]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.state] = counts.get(row.state, 0) + 1
+    return counts
+
+
+def _find(trial: str, storage: Path, state: Path) -> tuple[SweepLayout, TrialRow]:
+    found = [
+        (layout, row)
+        for layout in _sweeps(storage, state)
+        for row in _rows(layout)
+        if row.trial_id.startswith(trial) or row.name == trial
+    ]
+    if len(found) != 1:
+        several = "; ".join(f"{layout.name}/{row.trial_id} {row.name}" for layout, row in found[:5])
+        raise ValueError(f"{len(found)} trials are meant by {trial!r}{': ' + several if several else ''}")
+    return found[0]

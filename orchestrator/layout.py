@@ -1,0 +1,142 @@
+"""Every file and folder name of a sweep, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Publish a file: hidden temporary name, sync, rename, sync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with hidden.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+    hidden.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class TrialLayout:
+    """Files of one trial. A process writes only into its own attempt; the driver publishes from there."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def result(self) -> Path:
+        return self.root / "result.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.parquet"
+
+    @property
+    def stop_request(self) -> Path:
+        """Its existence asks the running attempt to end the trial as `stopped`."""
+        return self.root / "stop"
+
+    def attempt(self, number: int) -> Path:
+        return self.root / "attempts" / str(number)
+
+    def attempts(self) -> list[int]:
+        """Numbers of all attempts that were ever begun, rising."""
+        folder = self.root / "attempts"
+        if not folder.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
+
+    def begin_attempt(self) -> int:
+        """Claim the next attempt number; making its folder is atomic, so no two processes get the same one."""
+        number = max(self.attempts(), default=0)
+        while True:
+            number += 1
+            with contextlib.suppress(FileExistsError):
+                self.attempt(number).mkdir(parents=True)
+                return number
+
+    def log(self, number: int) -> Path:
+        return self.attempt(number) / "log.txt"
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Where a resumable checkpoint may lie."""
+        return [self.root / "checkpoints", *(self.attempt(n) / "checkpoints" for n in self.attempts())]
+
+
+@dataclass(frozen=True)
+class SweepLayout:
+    """Files of one sweep; storage and state are the same folder where storage is local."""
+
+    storage: Path
+    state: Path
+    name: str
+
+    @property
+    def root(self) -> Path:
+        return self.storage / self.name
+
+    @property
+    def ledger(self) -> Path:
+        return self.state / self.name / "ledger.db"
+
+    @property
+    def sweep_file(self) -> Path:
+        return self.root / "sweep.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def mlflow_map(self) -> Path:
+        return self.root / "mlflow.json"
+
+    @property
+    def tables(self) -> Path:
+        return self.root / "tables"
+
+    @property
+    def figures(self) -> Path:
+        return self.root / "figures"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
+    def cache(self) -> Path:
+        return self.state / "cache"
+
+    @property
+    def ray_tune(self) -> Path:
+        """Scratch of Ray Tune; nothing in it is ever read back."""
+        return self.state / self.name / ".tune"
+
+    def trial(self, trial_id: str) -> TrialLayout:
+        return TrialLayout(self.root / "trials" / trial_id)
+
+    def other_trials(self, trial_id: str) -> Iterator[TrialLayout]:
+        """The same trial in the other sweeps under this storage."""
+        if not self.storage.is_dir():
+            return
+        for folder in sorted(self.storage.iterdir()):
+            candidate = TrialLayout(folder / "trials" / trial_id)
+            if folder.name != self.name and candidate.result.is_file():
+                yield candidate

@@ -1,0 +1,149 @@
+"""The SQLite file of a ledger: opened under a hold, its version, its transactions, values of the whole sweep."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from orchestrator.holder import Hold
+from orchestrator.ledger_schema import SCHEMA, SCHEMA_VERSION
+
+_BUSY_S = 10.0  # readers meet a writer only for the moment of a checkpoint
+
+
+class LedgerError(ValueError):
+    """The ledger's file cannot be used; the message says why and what to do."""
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class LedgerFile:
+    """An open ledger file: one process writes (from any of its threads), any number may read.
+
+    Every change is one transaction that is on the disk when the call returns (WAL, synchronous=FULL).
+    """
+
+    def __init__(self, connection: sqlite3.Connection, hold: Hold | None, path: Path, clock: Callable[[], int]) -> None:
+        """Use `Ledger.open`."""
+        self.path = path
+        self._connection = connection
+        self._hold = hold
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._connection.row_factory = sqlite3.Row
+
+    @classmethod
+    def open(cls, path: Path, *, writer: bool = True, clock: Callable[[], int] = _now_ms) -> Self:
+        """Open the ledger at `path`; a writer makes it where there is none, and holds the sweep until `close`.
+
+        `clock` gives milliseconds since 1970.
+
+        Raises:
+            SweepHeld: another live process writes this ledger; the message names it.
+            LedgerError: there is no ledger to read, it is damaged, or a newer version of this program wrote it.
+        """
+        if not writer:
+            return cls(_connect(path, "ro"), None, path, clock)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hold = Hold(path.with_suffix(".lock"))
+        try:
+            return cls(_connect(path, "rwc"), hold, path, clock)
+        except BaseException:
+            hold.release()
+            raise
+
+    def close(self) -> None:
+        """Close the file and let go of the sweep. Closing twice is allowed."""
+        with self._lock:
+            self._connection.close()
+            if self._hold is not None:
+                self._hold.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _read(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        with self._lock:
+            return self._connection.execute(sql, values).fetchall()
+
+    # Of the sweep as a whole
+
+    def meta(self, key: str) -> Any:
+        """The JSON value kept under `key`, or None."""
+        found = self._read("SELECT value FROM meta WHERE key = ?", (f"sweep/{key}",))
+        return json.loads(found[0][0]) if found else None
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Keep a JSON value under `key`."""
+        with self._change() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"sweep/{key}", json.dumps(value)))
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    """A connection in autocommit mode to a ledger of our version, made first where `mode` allows it."""
+    if mode == "ro" and not path.exists():
+        raise LedgerError(f"there is no ledger at {path}; the sweep has not been run with this state folder")
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        timeout=_BUSY_S,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    try:
+        _prepare(connection, path, create=mode == "rwc")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise LedgerError(f"{path} cannot be read ({error}); `orchestrate doctor` checks and repairs it") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version > SCHEMA_VERSION:
+        raise LedgerError(
+            f"{path} was written by a newer version of this program (ledger version {version}, this one knows "
+            f"{SCHEMA_VERSION}); update the program"
+        )
+    if not create:
+        if version == 0:
+            raise LedgerError(f"{path} is empty; the sweep is only just being started")
+        return
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    if version == 0:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")

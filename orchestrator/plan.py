@@ -1,0 +1,160 @@
+"""From a sweep to its trials: cells times seeds, identities, readable names, and what a run would add; pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.cells import Cell, Grid
+from orchestrator.sweep import Resources, Sweep
+from orchestrator.trial_names import trial_names
+from trainers.config import TrialConfig, flatten, resolve, trial_id
+
+# Student's t at 0.975 for 1 … 30 degrees of freedom, as handbooks list it; scipy takes too long to load for a plan.
+_T_975 = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+    2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
+)  # fmt: skip
+_Z_975 = 1.959964
+
+# States in which a trial is over and is not run again unless asked to.
+_OVER = ("finished", "diverged", "pruned", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One trial: a cell with one seed. `cell` has each axis by dotted name, null where the axis has no effect."""
+
+    trial_id: str
+    name: str
+    cell: dict[str, Any]
+    seed: int
+    config: TrialConfig
+    resources: Resources
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All trials of a sweep in the order of its file, and its cells; `notes` says what a user should know."""
+
+    sweep: Sweep
+    trials: tuple[PlannedTrial, ...]
+    cells: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+
+    def to_json(self, cost: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The content of plan.json: this plan only, every value as JSON has it."""
+        sweep = self.sweep.model_dump(mode="json")
+        trials = [{"trial_id": t.trial_id, "name": t.name, "cell": _plain(t.cell), "seed": t.seed} for t in self.trials]
+        return {
+            "sweep": self.sweep.name,
+            **{key: sweep[key] for key in ("question", "axes", "seeds", "baseline", "primary", "scheduler")},
+            "cost": dict(cost or {}),
+            "trials": trials,
+        }
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A plan against what a ledger holds."""
+
+    new: tuple[PlannedTrial, ...]  # never seen
+    unfinished: tuple[PlannedTrial, ...]  # planned or running
+    over: tuple[PlannedTrial, ...]  # finished, diverged, pruned, stopped or failed
+    removed: tuple[str, ...]  # ids that are in the ledger and not in the plan
+
+
+def build_plan(sweep: Sweep) -> Plan:
+    """The plan of `sweep`.
+
+    Cells that differ only in settings without effect are one: `reg_init_std` at 0 registers is null, and the first
+    of such cells stands for all. Two cells that are the same trial for another reason (`auto` beside the value that it
+    becomes) are one too, which a note says.
+
+    Raises:
+        ConfigError: a cell's configuration is impossible; `read_sweep` finds that earlier, with the line.
+    """
+    grid = Grid(sweep.trial, sweep.axes, sweep.when, sweep.exclude)
+    cells: dict[str, tuple[dict[str, Any], TrialConfig]] = {}
+    notes: list[str] = []
+    for cell in grid.cells():
+        config = resolve({**cell.settings, "seed": sweep.seeds[0]})
+        values = _effective(cell, config)
+        known = cells.setdefault(trial_id(config), (values, config))
+        if known[0] != values:
+            notes.append(f"the cells {_shown(known[0])} and {_shown(values)} are the same trial; the first is kept")
+    notes += _without_effect(sweep, [values for values, _ in cells.values()])
+    kept = list(cells.values())
+    return Plan(sweep, _trials(sweep, kept), tuple(values for values, _ in kept), tuple(notes))
+
+
+def _trials(sweep: Sweep, cells: Sequence[tuple[dict[str, Any], TrialConfig]]) -> tuple[PlannedTrial, ...]:
+    """Every cell with every seed, named so that people can tell them apart."""
+    seeded = [(values, config.model_copy(update={"seed": seed})) for values, config in cells for seed in sweep.seeds]
+    names = trial_names([(values, config) for values, config in seeded])
+    return tuple(
+        PlannedTrial(trial_id(config), name, values, config.seed, config, sweep.resources_of(config.model.size))
+        for name, (values, config) in zip(names, seeded, strict=True)
+    )
+
+
+def _effective(cell: Cell, config: TrialConfig) -> dict[str, Any]:
+    """The cell's axis values, null where the resolved configuration has no such setting."""
+    held = flatten(config.model_dump())
+    return {name: None if held.get(name) is None else value for name, value in cell.values.items()}
+
+
+def _without_effect(sweep: Sweep, cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Axes that change nothing in any cell."""
+    return [
+        f"{name} has no effect in any cell"
+        for name, values in sweep.axes.items()
+        if len(values) > 1 and all(cell[name] is None for cell in cells)
+    ]
+
+
+def diff(plan: Plan, states: Mapping[str, str]) -> Difference:
+    """What running `plan` would add to trials with these `states` by id."""
+    planned = {trial.trial_id for trial in plan.trials}
+    return Difference(
+        new=tuple(t for t in plan.trials if t.trial_id not in states),
+        unfinished=tuple(t for t in plan.trials if states.get(t.trial_id, _OVER[0]) not in _OVER),
+        over=tuple(t for t in plan.trials if states.get(t.trial_id) in _OVER),
+        removed=tuple(key for key in states if key not in planned),
+    )
+
+
+def interval_half_width(num_seeds: int) -> float | None:
+    """Half the width of the paired 95 % t interval, in standard deviations of the paired differences.
+
+    It is t(0.975, n - 1) / sqrt(n): a difference smaller than that cannot be told from none. None for one seed,
+    which has no interval. Quantiles beyond 30 degrees of freedom by Fisher's expansion (Abramowitz & Stegun 26.7.5).
+    """
+    degrees = num_seeds - 1
+    if degrees < 1:
+        return None
+    if degrees <= len(_T_975):
+        quantile = _T_975[degrees - 1]
+    else:
+        z = _Z_975
+        quantile = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    return quantile / math.sqrt(num_seeds)
+
+
+def detectable(num_seeds: int) -> str:
+    """The smallest difference that the seeds can show, as a sentence."""
+    width = interval_half_width(num_seeds)
+    if width is None:
+        return "1 seed: no interval, so no difference can be told from noise"
+    return f"{num_seeds} seeds: differences above {width:.2f} standard deviations of the paired differences"
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{name}: {'null' if value is None else value}" for name, value in values.items()) + "}"

@@ -1,0 +1,112 @@
+"""What a person sees of a running sweep: a live line, messages, the final table and where everything lies."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.layout import SweepLayout
+from orchestrator.ledger import Ledger
+
+if TYPE_CHECKING:
+    from orchestrator.recorder import Live, Recorder
+
+_REFRESH_S = 0.5
+_PLAIN_S = 30.0  # between two lines where the output is not a terminal
+
+
+class Screen:
+    """Shows one sweep. On a terminal a live line is redrawn; elsewhere a line is printed now and then."""
+
+    def __init__(self, name: str, quiet: bool) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=False, quiet=quiet, soft_wrap=not sys.stdout.isatty())
+        self._name = name
+        self._begun = time.monotonic()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._finish()
+
+    def say(self, text: str) -> None:
+        """One message of its own line."""
+        self._console.print(text, markup=False, highlight=False)
+
+    def data(self, what: str, done: int, total: int) -> None:
+        """Progress of decoding a data set."""
+        if total and (done == total or done == 0):
+            self.say(f"{what}: {done:,} of {total:,}")
+
+    def watch(self, ledger: Ledger, recorder: Recorder) -> None:
+        """Show the state of `ledger` and the speed of `recorder`'s trials until `table` or the end."""
+        self._thread = threading.Thread(target=self._loop, args=(ledger, recorder), name="progress", daemon=True)
+        self._thread.start()
+
+    def _loop(self, ledger: Ledger, recorder: Recorder) -> None:
+        from rich.live import Live as LiveLine
+
+        if self._console.is_terminal:
+            with LiveLine(console=self._console, refresh_per_second=2, transient=True) as line:
+                while not self._ended.wait(_REFRESH_S):
+                    line.update(describe(self._name, ledger, recorder, time.monotonic() - self._begun))
+        else:
+            while not self._ended.wait(_PLAIN_S):
+                self.say(describe(self._name, ledger, recorder, time.monotonic() - self._begun))
+
+    def table(self, renderable: Any) -> None:
+        """End the live line and print a table."""
+        self._finish()
+        self._console.print(renderable)
+
+    def where(self, layout: SweepLayout, tracking_uri: str | None) -> None:
+        """Where tables, report and MLflow's UI are."""
+        uri = "" if tracking_uri is None else f" --tracking-uri {tracking_uri}"
+        self.say(f"tables    {layout.tables}/*.parquet")
+        self.say(f"report    {layout.report}")
+        self.say(f"MLflow UI orchestrate ui --state {layout.state}{uri}")
+
+    def _finish(self) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+
+def describe(name: str, ledger: Ledger, recorder: Recorder, elapsed: float) -> str:
+    """One line: trials done, running, failed, images per second, time left."""
+    counts = ledger.counts()
+    total = sum(counts.values())
+    over = total - counts["planned"] - counts["running"]
+    bad = counts["failed"] + counts["diverged"]
+    live = list(recorder.live.values())
+    now = time.monotonic()
+    speed = sum(trial.images_per_second(now) for trial in live)
+    parts = [f"{name}: {over}/{total} trials", f"{counts['running']} running", f"{bad} failed"]
+    parts.append(f"{speed:,.0f} images/s")
+    left = seconds_left(live, counts["planned"], speed)
+    parts.append(f"{_clock(elapsed)} so far")
+    parts.append("time left not known yet" if left is None else f"about {_clock(left)} left")
+    return ", ".join(parts)
+
+
+def seconds_left(live: list[Live], planned: int, speed: float) -> float | None:
+    """Images that are still to be trained on over the present speed; planned trials count as long as live ones."""
+    if not live or speed <= 0:
+        return None
+    running = sum((trial.steps - trial.step) * trial.batch_size for trial in live)
+    average = sum(trial.steps * trial.batch_size for trial in live) / len(live)
+    return (running + planned * average) / speed
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

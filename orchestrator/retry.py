@@ -1,0 +1,33 @@
+"""When a trial is tried again: lost processes as long as attempts get further, transient errors a few times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MAX_ERRORS = 3  # transient errors of one trial
+MAX_LOSSES_WITHOUT_PROGRESS = 2
+
+
+@dataclass
+class History:
+    """What the attempts of one trial came to so far."""
+
+    best_step: int = 0
+    errors: int = 0
+    _before: int = field(default=0, repr=False)
+    _idle: int = field(default=0, repr=False)
+
+    def reached(self, step: int) -> None:
+        """The current attempt reported `step`."""
+        self.best_step = max(self.best_step, step)
+
+    def may_retry_loss(self) -> bool:
+        """Count a lost attempt; False when it is the second in a row that got no further than those before."""
+        self._idle = 0 if self.best_step > self._before else self._idle + 1
+        self._before = self.best_step
+        return self._idle < MAX_LOSSES_WITHOUT_PROGRESS
+
+    def may_retry_error(self) -> bool:
+        """Count a transient error; False after three."""
+        self.errors += 1
+        return self.errors <= MAX_ERRORS

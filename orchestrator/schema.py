@@ -1,0 +1,125 @@
+"""The JSON Schema of a sweep file, with which editors complete and check one while it is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from orchestrator.draft import is_execution_setting
+from orchestrator.sweep import Budget, Part, Resources, Scheduler, Search, Sweep
+from trainers.catalog import MODEL_SIZES
+from trainers.config import TrialConfig, fields, section_of
+
+Schema = dict[str, Any]
+
+
+def sweep_schema() -> Schema:
+    """The schema of a sweep file (draft 2020-12): settings of a trial nested or dotted, axes by dotted name.
+
+    It knows names, types and ranges; what only shows in combinations is found by `read_sweep`.
+    """
+    sweep = Sweep.model_json_schema()["properties"]
+    leaves = _leaves()
+    axes = {name: leaf for name, leaf in leaves.items() if name != "seed" and not is_execution_setting(name)}
+    settings = _section(TrialConfig, "", leaves)
+    settings["properties"].pop("seed")
+    properties: Schema = {key: sweep[key] for key in ("question", "seeds", "primary")}
+    properties |= {
+        "name": {**sweep["name"], "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.@-]*$"},
+        "trial": _described(_or_null(settings), "trial"),
+        "axes": _described(_object({name: _axis(leaf) for name, leaf in axes.items()}, least=1), "axes"),
+        "when": _described(_or_null(_when(settings, leaves)), "when"),
+        "exclude": _described(_or_null(_list(_object(_choices(axes), least=1))), "exclude"),
+        "baseline": _described(_or_null(_object(axes, least=1)), "baseline"),
+        "resources": _described(_resources(), "resources"),
+        "scheduler": _or_null(_part(Scheduler)),
+        "search": _or_null(_part(Search)),
+        "budget": _or_null(_part(Budget)),
+    }
+    properties = {key: properties[key] for key in Sweep.model_fields}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Sweep",
+        "description": "One question: every combination of the axes is a cell, every seed in a cell a trial.",
+        **_object(properties),
+        "required": ["name", "axes"],
+    }
+
+
+def _leaves() -> dict[str, Schema]:
+    """The schema of every setting by dotted name."""
+    found: dict[str, Schema] = {}
+    for name in fields():
+        *parents, last = name.split(".")
+        section: type[BaseModel] = TrialConfig
+        for parent in parents:
+            section = section_of(section, parent) or section
+        found[name] = section.model_json_schema()["properties"][last]
+    return found
+
+
+def _section(section: type[BaseModel], prefix: str, leaves: dict[str, Schema]) -> Schema:
+    """A section with its fields, and with everything below it by dotted name as well."""
+    properties: Schema = {}
+    for name in section.model_fields:
+        inner = section_of(section, name)
+        leaf = leaves.get(f"{prefix}{name}")
+        properties[name] = leaf if inner is None else _section(inner, f"{prefix}{name}.", leaves)
+    properties |= {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    return _object(properties)
+
+
+def _when(settings: Schema, leaves: dict[str, Schema]) -> Schema:
+    conditions = {name: leaf for name, leaf in leaves.items() if name != "seed"}
+    entry = _object({"if": _object(_choices(conditions)), "set": settings})
+    return _list({**entry, "required": ["if", "set"]})
+
+
+def _choices(leaves: dict[str, Schema]) -> dict[str, Schema]:
+    """A value of each setting, or a list of values of which any will do."""
+    return {name: {"anyOf": [leaf, {"type": "array", "items": leaf, "minItems": 1}]} for name, leaf in leaves.items()}
+
+
+def _axis(leaf: Schema) -> Schema:
+    values = {"type": "array", "items": leaf, "minItems": 1, "uniqueItems": True}
+    return values | ({"description": leaf["description"]} if "description" in leaf else {})
+
+
+def _resources() -> Schema:
+    one = _part(Resources)
+    return {"anyOf": [one, _object(dict.fromkeys(MODEL_SIZES, one), least=1)]}
+
+
+def _part(part: type[Part]) -> Schema:
+    schema = part.model_json_schema()
+    schema.pop("title", None)
+    definitions = schema.pop("$defs", {})
+    inlined: Schema = _inlined(schema, definitions)
+    return inlined
+
+
+def _inlined(schema: Any, definitions: Schema) -> Any:
+    """`schema` with every reference replaced by what it refers to; parts of a sweep are not recursive."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+        return {key: _inlined(value, definitions) for key, value in schema.items()}
+    return [_inlined(item, definitions) for item in schema] if isinstance(schema, list) else schema
+
+
+def _object(properties: Schema, least: int = 0) -> Schema:
+    schema: Schema = {"type": "object", "additionalProperties": False, "properties": properties}
+    return schema | ({"minProperties": least} if least else {})
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _described(schema: Schema, part: str) -> Schema:
+    return {**schema, "description": Sweep.model_fields[part].description}

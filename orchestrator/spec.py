@@ -1,0 +1,140 @@
+"""Reads a sweep file: every problem at once, each with file, line, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator import spec_checks, spec_combinations, yaml_file
+from orchestrator.draft import Draft, nearest
+from orchestrator.overrides import renamed
+from orchestrator.problems import Problem, SpecError
+from orchestrator.sweep import Resources, Sweep, sweep_name
+from trainers.config import TrialConfig
+from trainers.explain import explain
+
+__all__ = ["Problem", "Resources", "SpecError", "Sweep", "dump", "read_sweep", "unsupported"]
+
+# Parts that the schema alone decides; the others are checked setting by setting.
+_SIMPLE = ("name", "question", "seeds", "primary", "scheduler", "search", "budget")
+_OPTIONAL = ("scheduler", "search", "budget")
+
+
+def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = None) -> Sweep:
+    """The sweep in the YAML file at `path`, with `KEY=VALUE` overrides in the place of what the file says.
+
+    `name` replaces the file's name. Without it, an override of a setting of the trial other than `execution.*`
+    makes another experiment, named NAME@HASH; seeds and axes from the command line extend the same one.
+
+    Raises:
+        SpecError: with all problems that were found.
+    """
+    draft = _opened(path)
+    for override in overrides:
+        draft.override(override)
+    _check_keys(draft)
+    simple = _simple_parts(draft)
+    parts = spec_checks.Parts()
+    spec_checks.check_trial(draft, parts)
+    spec_checks.check_axes(draft, parts)
+    spec_checks.check_when(draft, parts)
+    spec_checks.check_exclude(draft, parts)
+    baseline = spec_checks.check_baseline(draft, parts)
+    configs = spec_combinations.check_cells(draft, parts, len(simple.seeds)) if parts.axes else []
+    resources = spec_combinations.check_resources(draft, configs)
+    spec_combinations.check_primary(draft, configs)
+    spec_combinations.check_search(draft, parts)
+    effective = _effective_name(draft, simple.name, name)
+    if draft.problems:
+        raise SpecError(draft.problems)
+    return Sweep(
+        name=effective,
+        question=simple.question,
+        trial=parts.trial,
+        axes=parts.axes,
+        seeds=simple.seeds,
+        when=tuple(parts.when),
+        exclude=tuple(parts.exclude),
+        baseline=baseline,
+        primary=simple.primary,
+        resources=resources,
+        scheduler=simple.scheduler,
+        search=simple.search,
+        budget=simple.budget,
+    )
+
+
+def unsupported(sweep: Sweep) -> str | None:
+    """One line on the parts of the sweep that are read and checked but not carried out; None if there are none."""
+    parts = [part for part in _OPTIONAL if getattr(sweep, part) is not None]
+    if not parts:
+        return None
+    verb, them = ("is", "it") if len(parts) == 1 else ("are", "them")
+    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
+    return f"{listed} {verb} checked but not carried out yet; remove {them} to run the sweep"
+
+
+def dump(sweep: Sweep) -> str:
+    """The sweep as the text of a sweep file; reading it gives the same sweep, names with @ included."""
+    values = sweep.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return yaml_file.dump(values)
+
+
+def _opened(path: Path) -> Draft:
+    try:
+        return Draft(str(path), yaml_file.read(path))
+    except yaml_file.YamlError as error:
+        message = error.finding.message
+        if not path.exists() and path.parent.is_dir():
+            siblings = sorted(file.name for file in path.parent.glob("*.y*ml"))
+            near = difflib.get_close_matches(path.name, siblings, n=1)
+            message += f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise SpecError([Problem(str(path), error.finding.line, message)]) from error
+
+
+def _check_keys(draft: Draft) -> None:
+    """Every key of the file is a part of a sweep."""
+    for key in draft.raw:
+        if key in Sweep.model_fields:
+            continue
+        section = key.split(".")[0]
+        belongs = section in TrialConfig.model_fields and section != "seed"
+        hint = "; it belongs under trial:" if belongs else nearest(key, list(Sweep.model_fields))
+        draft.report((key,), f"{key} is not a part of a sweep file{hint}")
+
+
+def _simple_parts(draft: Draft) -> Sweep:
+    """The parts that need no other one, as a Sweep; those that are wrong are reported and left at their defaults."""
+    raw = {key: draft.raw[key] for key in _SIMPLE if key in draft.raw}
+    raw = {key: value for key, value in raw.items() if value is not None or key not in _OPTIONAL}
+    if raw.get("budget") == {}:
+        draft.report(("budget",), "budget is empty; give gpu_hours, hours or both")
+    _report_repeated_seeds(draft, raw.get("seeds"))
+    try:
+        return Sweep.model_validate(raw)
+    except ValidationError as error:
+        faults = explain(error, Sweep)
+    for fault in faults:
+        draft.report(fault.path, fault.message)
+    wrong = {fault.path[0] for fault in faults}
+    return Sweep.model_validate({"name": "unnamed", **{key: value for key, value in raw.items() if key not in wrong}})
+
+
+def _report_repeated_seeds(draft: Draft, seeds: Any) -> None:
+    for index, seed in enumerate(seeds if isinstance(seeds, list) else []):
+        if type(seed) is int and seed in seeds[:index]:
+            draft.report(("seeds", index), f"seeds has {seed} twice")
+
+
+def _effective_name(draft: Draft, given: str, name: str | None) -> str:
+    if name is None:
+        return renamed(given, draft.set_settings)
+    try:
+        return sweep_name(name)
+    except ValueError as error:
+        draft.problems.append(Problem(f"--name {name}", None, f"name {error}"))
+        return given

@@ -1,0 +1,180 @@
+"""Checks what only shows in the cells of a sweep, and the parts that depend on them: resources, metrics, search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.cells import Cell
+from orchestrator.draft import Draft, Path, is_execution_setting, nearest
+from orchestrator.spec_checks import Parts
+from orchestrator.sweep import MAX_TRIALS, Range, Resources, is_metric
+from trainers.catalog import MODEL_SIZES, PROBES
+from trainers.config import TrialConfig, resolve
+from trainers.explain import ConfigError, Fault, did_you_mean, shown
+
+MAX_COMBINATIONS = 50  # distinct impossible combinations that are listed
+
+# First parts of metric names, and what follows `val/` and `test/` besides the names of probes.
+_METRIC_ROOTS = ("train", "val", "test", "tokens", "locality")
+_METRIC_FAMILIES = ("linear_mean_patch", "zero_shot", "segmentation", "depth", "object_discovery")
+
+
+@dataclass
+class _Impossible:
+    """One impossible combination: its place and sentence, in how many cells, and in which one first."""
+
+    path: Path
+    message: str
+    first: Cell
+    count: int = 1
+
+
+def check_cells(draft: Draft, parts: Parts, num_seeds: int) -> list[TrialConfig]:
+    """The resolved configurations of all cells; each impossible combination is reported once."""
+    trials = parts.grid().size() * num_seeds
+    if trials > MAX_TRIALS:
+        draft.report(("axes",), f"axes and seeds make {trials:,} trials; allowed: at most {MAX_TRIALS:,}")
+        return []
+    configs: list[TrialConfig] = []
+    found: dict[tuple[Path, str], _Impossible] = {}
+    total = 0
+    for cell in parts.grid().cells():
+        total += 1
+        try:
+            configs.append(resolve(cell.settings))
+        except ConfigError as error:
+            for fault in error.faults:
+                _collect(found, parts, cell, fault)
+            if len(found) >= MAX_COMBINATIONS:
+                break
+    if total == 0:
+        draft.report(("exclude",), "exclude leaves no cell")
+    for impossible in found.values():
+        draft.report(impossible.path, impossible.message + _in_cells(impossible, total))
+    return configs
+
+
+def _collect(found: dict[tuple[Path, str], _Impossible], parts: Parts, cell: Cell, fault: Fault) -> None:
+    path = _blame(parts, cell, fault.fields)
+    if (path, fault.message) in found:
+        found[path, fault.message].count += 1
+    else:
+        found[path, fault.message] = _Impossible(path, fault.message, cell)
+
+
+def _in_cells(impossible: _Impossible, total: int) -> str:
+    if impossible.count == total:
+        return "" if total == 1 else " (in every cell)"
+    where = ", ".join(f"{name}: {shown(value).strip(chr(39))}" for name, value in impossible.first.values.items())
+    return f" (in {impossible.count} of {total} cells, first in {{{where}}})"
+
+
+def _blame(parts: Parts, cell: Cell, settings: Iterable[str]) -> Path:
+    """Where the first of `settings` is given: as an axis value, else in `when`, else in the base configuration."""
+    names = list(settings)
+    for name in names:
+        if name in cell.values:
+            return parts.value_paths[name, cell.values[name]]
+    for name in names:
+        for entry, paths in zip(reversed(parts.when), reversed(parts.when_paths), strict=True):
+            if name in paths and name in entry.settings and entry.settings[name] == cell.settings.get(name):
+                return paths[name]
+    for name in names:
+        if name in parts.trial_paths:
+            return parts.trial_paths[name]
+    return ("axes",)
+
+
+def check_resources(draft: Draft, configs: list[TrialConfig]) -> Resources | dict[str, Resources]:
+    """What a trial asks for, one for all or by model size; every size of the sweep must then be named."""
+    raw = draft.raw.get("resources")
+    if raw is None:
+        return Resources()
+    by_size = isinstance(raw, dict) and bool(raw) and (set(raw) & set(MODEL_SIZES) or _all_mappings(raw))
+    if not by_size:
+        return draft.validated(Resources, raw, ("resources",)) or Resources()
+    given = {size: draft.validated(Resources, value, ("resources", size)) for size, value in raw.items()}
+    for size in raw:
+        if size not in MODEL_SIZES:
+            draft.report(
+                ("resources", size), f"resources names {size}, which is no model size{nearest(size, MODEL_SIZES)}"
+            )
+    for size in dict.fromkeys(config.model.size for config in configs):
+        if size not in raw:
+            draft.report(("resources",), f"resources has nothing for model.size {size}; it has {', '.join(raw)}")
+    return {size: resources for size, resources in given.items() if resources is not None}
+
+
+def _all_mappings(raw: dict[str, Any]) -> bool:
+    return all(isinstance(value, dict) for value in raw.values())
+
+
+def check_primary(draft: Draft, configs: list[TrialConfig]) -> None:
+    """Metrics that were declared beforehand are ones that some cell measures."""
+    run = {probe for config in configs for probe in config.evaluation.probes}
+    raw = draft.raw.get("primary")
+    primary = raw if isinstance(raw, list) else []
+    for index, name in enumerate(primary):
+        if not is_metric(name):
+            continue  # reported by the schema
+        place: Path = ("primary", index)
+        root, family, *_ = name.split("/")
+        if name in primary[:index]:
+            draft.report(place, f"primary has {name} twice")
+        elif root not in _METRIC_ROOTS:
+            draft.report(place, f"primary has {name}; metrics begin with one of {', '.join(_METRIC_ROOTS)}")
+        elif root in ("val", "test"):
+            probe = "linear" if family == "linear_mean_patch" else family
+            guess = did_you_mean(family, [*PROBES, *_METRIC_FAMILIES])
+            if probe in PROBES and run and probe not in run and not _own_probes(run):
+                draft.report(
+                    place, f"primary has {name}, but evaluation.probes ({', '.join(sorted(run))}) lacks {probe}"
+                )
+            elif probe not in PROBES and family not in _METRIC_FAMILIES and guess:
+                draft.report(place, f"primary has {name}, and there is no probe {family}{guess}")
+
+
+def _own_probes(names: set[str]) -> bool:
+    return bool(names - set(PROBES))
+
+
+def check_search(draft: Draft, parts: Parts) -> None:
+    """A search chooses among allowed values of settings that are no axes."""
+    raw = draft.raw.get("search")
+    space = raw.get("space") if isinstance(raw, dict) else None
+    for name, given in space.items() if isinstance(space, dict) else ():
+        place: Path = ("search", "space", name)
+        try:
+            bounds = Range.model_validate(given)
+        except ValidationError:
+            continue  # reported by the schema
+        if name in parts.axis_paths:
+            draft.report(place, f"{name} is an axis; a search is over settings that are not")
+        elif name == "seed" or is_execution_setting(name):
+            draft.report(place, f"{name} cannot be searched: it is no choice about the method")
+        else:
+            _check_range(draft, name, bounds, place)
+
+
+def _check_range(draft: Draft, name: str, bounds: Range, place: Path) -> None:
+    low, high = bounds.low, bounds.high
+    if bounds.choices is not None:
+        if low is not None or high is not None or bounds.log:
+            draft.report(place, f"{name} has choices and a range; give one of them")
+        for choice in bounds.choices:
+            draft.checked(name, choice, place)
+        return
+    if low is None or high is None:
+        draft.report(place, f"{name} wants {{low, high}} or {{choices}}")
+        return
+    if low >= high:
+        draft.report(place, f"{name} has low {low} and high {high}; low must be below high")
+    if bounds.log and low <= 0:
+        draft.report(place, f"{name} has low {low} with log: true; low must be above 0")
+    for value in (low, high):
+        if not draft.checked(name, int(value) if value == int(value) else value, place):
+            return

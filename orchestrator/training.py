@@ -1,0 +1,37 @@
+"""The bridge from an attempt to `trainers.train`: a job in, an outcome out; torch is imported here and nowhere above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from orchestrator.attempt import Job, Outcome, Report
+from orchestrator.layout import TrialLayout
+
+
+def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Callable[[], str | None]) -> Outcome:
+    """Train `job` as attempt `number`, from the newest checkpoint of any earlier attempt."""
+    import torch
+
+    from trainers.config import TrialConfig
+    from trainers.train import train
+
+    config = TrialConfig.model_validate(job.config)
+    torch.set_num_threads(config.execution.threads or job.threads)
+    result = train(
+        config,
+        report,
+        layout.attempt(number),
+        cache=Path(job.cache),
+        resume_from=layout.checkpoint_folders(),
+        should_stop=should_stop,
+    )
+    return Outcome(
+        status=result.status,
+        steps=result.steps,
+        images_per_second=result.images_per_second,
+        device=result.device,
+        threads=torch.get_num_threads(),
+        data_fingerprint=result.data_fingerprint,
+        error=result.error,
+    )

@@ -1,0 +1,168 @@
+"""The ablation table of made-up sweeps, number by number."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from analysis import statistics
+from analysis.cells import baseline_of, cells
+from analysis.collect import collect
+from analysis.schemas import ABLATION
+from analysis.tables import ablation
+from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
+
+COUNTS = ("n", "n_missing", "n_failed", "n_diverged", "n_pruned", "n_stopped")
+
+
+def table_of(folder: Path, trials: list[Trial], interval: str = statistics.PAIRED_T, **plan: Any) -> pa.Table:
+    plan.setdefault("baseline", {REGISTERS: 0})
+    return ablation(collect(publish(folder, trials, **plan)), interval)
+
+
+def row_of(table: pa.Table, metric: str = TOP1, **cell: Any) -> dict[str, Any]:
+    wanted = {"metric": metric, **{name.replace("__", "."): value for name, value in cell.items()}}
+    (row,) = [row for row in table.to_pylist() if all(row[name] == value for name, value in wanted.items())]
+    return dict(row)
+
+
+def test_columns_types_and_order(tmp_path: Path) -> None:
+    table = table_of(tmp_path / "s", registers_sweep(counts=(4, 0, 2, 1)))
+    assert table.schema == pa.schema([(REGISTERS, pa.int64()), *ABLATION])
+    keys = [(row[REGISTERS], row["metric"]) for row in table.to_pylist()]
+    assert keys == [(r, m) for r in (0, 1, 2, 4) for m in (TOP1, OUTLIERS, "train/loss")]
+
+
+def test_numbers_by_hand(tmp_path: Path) -> None:
+    row = row_of(table_of(tmp_path / "s", registers_sweep()), OUTLIERS, model__num_registers=1)
+    # Cell .04, .0405, .0415; baseline .05, .051, .053; differences -.01, -.0105, -.0115: mean -.032/3.
+    assert [row[name] for name in COUNTS] == [3, 0, 0, 0, 0, 0]
+    assert row["mean"] == pytest.approx(0.122 / 3)
+    assert row["std"] == pytest.approx(math.sqrt((2 / 3) ** 2 + (1 / 6) ** 2 + (5 / 6) ** 2) * 1e-3 / math.sqrt(2))
+    assert row["baseline_mean"] == pytest.approx(0.154 / 3)
+    assert (row["n_paired"], row["delta"]) == (3, pytest.approx(-0.032 / 3))
+    spread = math.sqrt((2 / 3) ** 2 + (1 / 6) ** 2 + (5 / 6) ** 2) * 1e-3 / math.sqrt(2)
+    reach = 4.302653 * spread / math.sqrt(3)
+    assert row["delta_low"] == pytest.approx(-0.032 / 3 - reach, rel=1e-6)
+    assert row["delta_high"] == pytest.approx(-0.032 / 3 + reach, rel=1e-6)
+    assert (row["primary"], row["interval_method"], row["flags"]) == (True, "paired_t", [])
+
+
+def test_p_values_are_corrected_over_all_primary_rows_only(tmp_path: Path) -> None:
+    rows = table_of(tmp_path / "s", registers_sweep()).to_pylist()
+    primary = [row for row in rows if row["primary"] and row["p_value"] is not None]
+    assert len(primary) == 5  # 3 cells × 2 metrics less one without variance
+    smallest = min(primary, key=lambda row: row["p_value"])
+    assert smallest["p_adjusted"] == pytest.approx(5 * smallest["p_value"])
+    assert all(row["p_adjusted"] is None for row in rows if not row["primary"] or row["p_value"] is None)
+
+
+def test_failed_diverged_and_missing_trials_count_but_do_not_score(tmp_path: Path) -> None:
+    trials = registers_sweep(counts=(0, 1), seeds=(0, 1, 2, 3))
+    for trial, status in zip(trials[4:], ("failed", "diverged", "missing", "finished"), strict=True):
+        trial.status = status
+    table = table_of(tmp_path / "s", trials)
+    row = row_of(table, OUTLIERS, model__num_registers=1)
+    assert [row[name] for name in COUNTS] == [1, 1, 1, 1, 0, 0]
+    assert row["mean"] == pytest.approx(0.05 - 0.01 + 0.001)  # seed 3 alone
+    assert (row["std"], row["delta_low"], row["p_value"]) == (None, None, None)
+    assert row["interval_method"] == "none: one seed"
+    assert row["delta"] == pytest.approx(0.041 - 0.052)
+    assert row["flags"] == ["diverged", "failed", "missing", "one_seed"]
+
+
+def test_a_finished_trial_without_the_metric_or_with_nan_is_missing_never_zero(tmp_path: Path) -> None:
+    trials = registers_sweep(counts=(0,), seeds=(0, 1, 2))
+    del trials[0].scores[TOP1]
+    trials[1].scores[TOP1] = math.nan
+    row = row_of(table_of(tmp_path / "s", trials))
+    assert [row[name] for name in COUNTS] == [1, 2, 0, 0, 0, 0]
+    assert row["mean"] == trials[2].scores[TOP1]
+    assert row["flags"] == ["baseline", "missing", "not_finite", "one_seed"]
+
+
+def test_the_baseline_is_matched_by_everything_else_and_by_seed(tmp_path: Path) -> None:
+    value = {("deit3", 0): 0.5, ("deit3", 4): 0.6, ("dino", 0): 0.1, ("dino", 4): 0.15}
+    trials = [
+        Trial({"method": method, REGISTERS: count}, seed, {TOP1: mean + 0.01 * seed * (1 + count)})
+        for (method, count), mean in value.items()
+        for seed in (0, 1)
+        if (method, count, seed) != ("dino", 0, 1)
+    ]
+    table = table_of(tmp_path / "s", trials, primary=[TOP1])
+    assert row_of(table, method="deit3", model__num_registers=4)["delta"] == pytest.approx(0.1 + 0.02)
+    row = row_of(table, method="dino", model__num_registers=4)
+    assert row["n_paired"] == 1
+    assert row["delta"] == pytest.approx(0.05)  # seed 0 alone has a pair
+    assert row["baseline_mean"] == pytest.approx(0.1)
+    assert row["flags"] == ["one_seed", "partly_paired"]
+    assert row_of(table, method="dino", model__num_registers=0)["interval_method"] == "none: baseline"
+
+
+def test_an_excluded_baseline_gives_nulls_and_a_flag(tmp_path: Path) -> None:
+    cell_values = [("deit3", 0), ("deit3", 4), ("dino", 4)]
+    trials = [Trial({"method": m, REGISTERS: r}, s, {TOP1: 0.5 + 0.1 * s}) for m, r in cell_values for s in (0, 1)]
+    row = row_of(table_of(tmp_path / "s", trials, primary=[TOP1]), method="dino", model__num_registers=4)
+    assert (row["delta"], row["delta_low"], row["p_value"], row["n_paired"]) == (None, None, None, 0)
+    assert (row["interval_method"], row["flags"]) == ("none: no baseline", ["no_baseline"])
+
+
+def test_idle_settings_do_not_hide_the_baseline(tmp_path: Path) -> None:
+    std = "model.reg_init_std"
+    cell_values: list[tuple[int, float | None]] = [(0, None), (4, 0.02), (4, 1e-6)]
+    trials = [Trial({REGISTERS: r, std: v}, s, {TOP1: 0.1 * r + s}) for r, v in cell_values for s in (0, 1)]
+    table = table_of(tmp_path / "s", trials, primary=[TOP1])
+    assert table.schema.field(std).type == pa.float64()
+    assert [row["delta"] for row in table.to_pylist()] == [None, pytest.approx(0.4), pytest.approx(0.4)]
+    # The other way round two cells would fit, so none does.
+    plan = collect(tmp_path / "s").plan
+    zero = cells(plan)[0]
+    assert baseline_of(zero, cells(plan), {REGISTERS: 4}) is None
+
+
+@pytest.mark.parametrize(
+    ("result", "flag"),
+    [
+        ({"device": "NVIDIA H100"}, "device"),
+        ({"git_commit": None}, "git_commit"),
+        ({"versions": {"torch": "2.15"}}, "versions"),
+        ({"data_fingerprint": "ffff"}, "data"),
+        ({"threads": 8}, "threads"),
+    ],
+)
+def test_mixed_provenance_is_flagged(tmp_path: Path, result: dict[str, Any], flag: str) -> None:
+    trials = registers_sweep(counts=(0, 1, 2), seeds=(0, 1))
+    trials[2].result = result  # one of two trials with 1 register
+    for trial in trials[4:]:
+        trial.result = result  # both with 2 registers
+    table = table_of(tmp_path / "s", trials)
+    flags = [set(row_of(table, OUTLIERS, model__num_registers=count)["flags"]) for count in (0, 1, 2)]
+    assert flags == [{"baseline"}, {f"mixed_{flag}"}, {f"baseline_other_{flag}"}]
+
+
+def test_no_variance_is_flagged(tmp_path: Path) -> None:
+    row = row_of(table_of(tmp_path / "s", registers_sweep()), "train/loss", model__num_registers=2)
+    assert (row["delta"], row["delta_low"], row["delta_high"], row["p_value"]) == (0.0, 0.0, 0.0, None)
+    assert row["flags"] == ["no_variance"]
+
+
+def test_without_axes_or_baseline(tmp_path: Path) -> None:
+    table = table_of(tmp_path / "s", [Trial({}, seed, {TOP1: 0.5 + seed}) for seed in (0, 1)], baseline=None)
+    assert table.schema == ABLATION
+    row = row_of(table)
+    assert (row["mean"], row["n"], row["delta"], row["flags"]) == (1.0, 2, None, ["no_baseline"])
+    assert row_of(table, OUTLIERS)["n_missing"] == 2  # declared primary, though nobody has it
+
+
+def test_pooled_intervals_take_part_where_they_can(tmp_path: Path) -> None:
+    trials = registers_sweep(counts=(0, 1, 2))
+    table = table_of(tmp_path / "s", trials, statistics.POOLED_DUNNETT)
+    values = {r: {t.seed: t.scores[TOP1] for t in trials if t.cell[REGISTERS] == r} for r in (0, 1, 2)}
+    expected = statistics.pooled_dunnett(values, 0)[2]
+    row = row_of(table, TOP1, model__num_registers=2)
+    assert (row["interval_method"], row["delta_low"]) == ("pooled_dunnett", pytest.approx(expected.low))
+    assert row_of(table, "train/loss", model__num_registers=2)["interval_method"] == "paired_t"

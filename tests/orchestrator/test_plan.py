@@ -1,0 +1,200 @@
+"""Plans: order, identities, collapsed cells, names, what is new, and the smallest difference that seeds can show."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from orchestrator.plan import Plan, build_plan, detectable, diff, interval_half_width
+from orchestrator.sweep import Resources, Sweep, When
+from trainers.config import resolve, trial_id
+
+TINY = {"model.size": "nano", "model.patch_size": 8}
+
+
+def sweep(**parts: Any) -> Sweep:
+    return Sweep(**{"name": "example", "trial": TINY, "axes": {"model.num_registers": (0, 4)}, **parts})
+
+
+def cells(plan: Plan) -> list[tuple[Any, ...]]:
+    return [tuple(cell.values()) for cell in plan.cells]
+
+
+def test_trials_stand_in_the_order_of_the_file() -> None:
+    plan = build_plan(sweep(axes={"optim.lr": (1e-3, 1e-4), "model.num_registers": (4, 0)}, seeds=(1, 0)))
+    assert [(t.cell["optim.lr"], t.cell["model.num_registers"], t.seed) for t in plan.trials] == [
+        (1e-3, 4, 1), (1e-3, 4, 0), (1e-3, 0, 1), (1e-3, 0, 0),
+        (1e-4, 4, 1), (1e-4, 4, 0), (1e-4, 0, 1), (1e-4, 0, 0),
+    ]  # fmt: skip
+
+
+def test_a_trial_is_its_resolved_configuration() -> None:
+    plan = build_plan(sweep(seeds=(0, 7)))
+    last = plan.trials[-1]
+    assert last.config == resolve({**TINY, "model.num_registers": 4, "seed": 7})
+    assert last.trial_id == trial_id(last.config)
+    assert len({trial.trial_id for trial in plan.trials}) == 4
+
+
+def test_settings_without_effect_are_null_and_their_cells_are_one() -> None:
+    plan = build_plan(sweep(axes={"model.num_registers": (0, 4), "model.reg_init_std": (0.02, 1e-6)}, seeds=(0, 1)))
+    assert cells(plan) == [(0, None), (4, 0.02), (4, 1e-6)]
+    assert len(plan.trials) == len({t.trial_id for t in plan.trials}) == 6
+    assert plan.notes == ()
+
+
+def test_an_axis_whose_value_may_be_null_keeps_it() -> None:
+    plan = build_plan(sweep(axes={"model.layer_scale": (None, 1e-4)}))
+    assert cells(plan) == [(None,), (1e-4,)]
+
+
+def test_an_axis_without_effect_anywhere_is_said() -> None:
+    plan = build_plan(sweep(axes={"model.reg_init_std": (0.02, 1e-6)}))
+    assert len(plan.trials) == 1
+    assert plan.notes == ("model.reg_init_std has no effect in any cell",)
+
+
+def test_two_names_for_the_same_trial_are_one_and_said() -> None:
+    plan = build_plan(sweep(trial={**TINY, "optim.steps": 100}, axes={"optim.warmup_steps": ("auto", 5, 6)}))
+    assert cells(plan) == [("auto",), (6,)]
+    note = "the cells {optim.warmup_steps: auto} and {optim.warmup_steps: 5} are the same trial; the first is kept"
+    assert plan.notes == (note,)
+
+
+def test_when_sets_cells_and_later_entries_win() -> None:
+    when = (
+        When(condition={"model.num_registers": (4,)}, settings={"optim.lr": 0.5, "optim.min_lr": 0.1}),
+        When(condition={"method": ("deit3",), "model.num_registers": (4, 8)}, settings={"optim.lr": 0.25}),
+        When(condition={"data.train": ("fashion_mnist",)}, settings={"optim.lr": 0.125}),
+    )
+    plan = build_plan(sweep(when=when, axes={"model.num_registers": (0, 4, 8)}))
+    assert [(t.config.optim.lr, t.config.optim.min_lr) for t in plan.trials] == [
+        (1e-3, 1e-5),
+        (0.25, 0.1),
+        (0.25, 1e-5),
+    ]
+
+
+def test_conditions_see_defaults_and_the_preset() -> None:
+    when = (
+        When(condition={"preset": ("imagenet21k",), "optim.optimizer": ("lamb",)}, settings={"optim.lr": 0.5}),
+        When(condition={"optim.optimizer": ("adamw",)}, settings={"optim.lr": 0.25}),
+    )
+    plan = build_plan(sweep(when=when, axes={"preset": ("short", "imagenet21k")}))
+    assert [t.config.optim.lr for t in plan.trials] == [0.25, 0.5]
+
+
+def test_excluded_cells_are_left_out() -> None:
+    exclude = ({"model.num_registers": (4, 8), "optim.lr": (0.1,)},)
+    plan = build_plan(sweep(exclude=exclude, axes={"model.num_registers": (0, 4, 8), "optim.lr": (0.1, 0.2)}))
+    assert cells(plan) == [(0, 0.1), (0, 0.2), (4, 0.2), (8, 0.2)]
+
+
+def test_execution_and_order_do_not_change_identities() -> None:
+    one = build_plan(sweep(axes={"model.num_registers": (0, 4), "optim.lr": (0.1, 0.2)}))
+    other = build_plan(
+        sweep(axes={"optim.lr": (0.2, 0.1), "model.num_registers": (4, 0)}, trial={**TINY, "execution.threads": 2})
+    )
+    assert {t.trial_id for t in one.trials} == {t.trial_id for t in other.trials}
+
+
+def test_extending_a_sweep_keeps_the_trials_it_has() -> None:
+    before = build_plan(sweep(seeds=(0, 1)))
+    after = build_plan(sweep(seeds=(0, 1, 2), axes={"model.num_registers": (0, 4, 8)}))
+    states = {trial.trial_id: "finished" for trial in before.trials}
+    change = diff(after, states)
+    assert [(t.cell["model.num_registers"], t.seed) for t in change.new] == [(0, 2), (4, 2), (8, 0), (8, 1), (8, 2)]
+    assert len(change.over) == 4
+    assert change.unfinished == ()
+    assert change.removed == ()
+
+
+def test_the_difference_tells_states_apart() -> None:
+    plan = build_plan(sweep(seeds=(0, 1, 2)))
+    ids = [trial.trial_id for trial in plan.trials]
+    change = diff(
+        plan, dict(zip(ids, ["planned", "running", "failed", "diverged"], strict=False)) | {"gone": "finished"}
+    )
+    assert [t.trial_id for t in change.unfinished] == ids[:2]
+    assert [t.trial_id for t in change.over] == ids[2:4]
+    assert [t.trial_id for t in change.new] == ids[4:]
+    assert change.removed == ("gone",)
+
+
+class TestNames:
+    def names(self, **parts: Any) -> list[str]:
+        return [trial.name for trial in build_plan(sweep(**parts)).trials]
+
+    def test_they_say_method_size_registers_and_seed(self) -> None:
+        assert self.names(seeds=(0, 1)) == [
+            "deit3 nano reg0 seed0", "deit3 nano reg0 seed1", "deit3 nano reg4 seed0", "deit3 nano reg4 seed1",
+        ]  # fmt: skip
+
+    def test_other_axes_follow_in_short(self) -> None:
+        axes = {
+            "optim.lr": (1e-3, 1e-5),
+            "optim.optimizer": ("lamb",),
+            "model.patch_size": (8,),
+            "deit3.flip": (True,),
+            "evaluation.knn.k": ((10, 20),),
+            "data.train": ("scenes",),
+        }
+        assert self.names(axes=axes) == [
+            "deit3 nano reg0 lr0.001 optimizer=lamb patch8 flip=true k=10,20 scenes seed0",
+            "deit3 nano reg0 lr1e-5 optimizer=lamb patch8 flip=true k=10,20 scenes seed0",
+        ]
+
+    def test_settings_without_effect_are_left_out(self) -> None:
+        axes = {"model.num_registers": (0, 4), "model.reg_init_std": (0.02, 1e-6)}
+        assert self.names(axes=axes)[0] == "deit3 nano reg0 seed0"
+
+    def test_they_are_unique_even_where_short_ones_are_not(self) -> None:
+        axes = {"method": ("a.b:Method", "c.d:Method"), "model.num_registers": (0, 4)}
+        names = self.names(axes=axes, seeds=(0, 1))
+        assert len(set(names)) == 8
+        assert all(name.startswith("Method nano reg") for name in names)
+
+    def test_equal_leaves_are_told_apart_by_their_whole_names(self) -> None:
+        axes = {"optim.steps": (11, 1), "evaluation.linear.steps": (1, 11)}
+        assert self.names(axes=axes)[0] == "deit3 nano reg0 steps11 steps1 seed0"
+        assert len(set(self.names(axes=axes))) == 4
+
+
+def test_resources_may_depend_on_the_size() -> None:
+    by_size = {"nano": Resources(cpus=1), "small": Resources(cpus=2, gpus=0.5)}
+    plan = build_plan(sweep(axes={"model.size": ("nano", "small")}, trial={"model.patch_size": 8}, resources=by_size))
+    assert [trial.resources for trial in plan.trials] == [Resources(cpus=1), Resources(cpus=2, gpus=0.5)]
+
+
+def test_the_published_plan_is_plain_json() -> None:
+    axes = {"model.num_registers": (0, 4), "evaluation.knn.k": ((10,), (20,))}
+    plan = build_plan(sweep(axes=axes, baseline={"model.num_registers": 0}, primary=("test/knn/top1",), question="?"))
+    published = json.loads(json.dumps(plan.to_json({"gpu_hours": 1.5}), allow_nan=False))
+    assert list(published) == [
+        "sweep", "question", "axes", "seeds", "baseline", "primary", "scheduler", "cost", "trials",
+    ]  # fmt: skip
+    assert published["sweep"] == "example"
+    assert published["axes"] == {"model.num_registers": [0, 4], "evaluation.knn.k": [[10], [20]]}
+    assert published["baseline"] == {"model.num_registers": 0}
+    assert published["scheduler"] is None
+    assert published["cost"] == {"gpu_hours": 1.5}
+    assert published["trials"][0] == {
+        "trial_id": plan.trials[0].trial_id,
+        "name": "deit3 nano reg0 k=10 seed0",
+        "cell": {"model.num_registers": 0, "evaluation.knn.k": [10]},
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 11, 31, 32, 60, 500])
+def test_the_smallest_difference_is_that_of_the_t_interval(seeds: int) -> None:
+    expected = float(stats.t.ppf(0.975, seeds - 1)) / math.sqrt(seeds)
+    assert interval_half_width(seeds) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_seed_has_no_interval() -> None:
+    assert interval_half_width(1) is None
+    assert detectable(1) == "1 seed: no interval, so no difference can be told from noise"
+    assert "2.48" in detectable(3)  # 4.3027 / sqrt(3)

@@ -1,0 +1,211 @@
+"""Configurations: resolving, identity, and what is said about wrong settings."""
+
+import pytest
+from pydantic import ValidationError
+
+from trainers import catalog, config, presets
+from trainers.config import (
+    TrialConfig,
+    fields,
+    flatten,
+    identity,
+    is_execution,
+    nest,
+    resolve,
+    trial_id,
+)
+from trainers.explain import ConfigError, did_you_mean
+from trainers.settings import check
+
+SETTINGS = {
+    "model.size": "nano",
+    "model.patch_size": 8,
+    "model.num_registers": 4,
+    "data.decode_size": 32,
+    "optim.lr": 3e-3,
+    "optim.steps": 600,
+    "seed": 1,
+}
+
+
+def faults(settings: dict[str, object]) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(settings)
+    return [fault.message for fault in caught.value.faults]
+
+
+class TestIdentity:
+    def test_it_does_not_change_by_accident(self) -> None:
+        # Every finished trial of every user is found by its id. A change here must be meant: a new setting names in
+        # AS_BEFORE the value that means "as before", and then this id stays.
+        assert trial_id(resolve(SETTINGS)) == "9e4db4811743d8e4"
+
+    def test_the_way_a_trial_is_written_does_not_matter(self) -> None:
+        assert trial_id(resolve(nest(SETTINGS))) == trial_id(resolve(SETTINGS))
+        assert trial_id(resolve({**SETTINGS, "optim.lr": 1})) == trial_id(resolve({**SETTINGS, "optim.lr": 1.0}))
+        assert trial_id(resolve({**SETTINGS, "optim.min_lr": -0.0})) == trial_id(
+            resolve({**SETTINGS, "optim.min_lr": 0})
+        )
+
+    def test_defaults_presets_and_auto_are_expanded(self) -> None:
+        spelled = {**SETTINGS, "precision": "fp32", "optim.warmup_steps": 30, "model.image_size": 32, "preset": "short"}
+        assert trial_id(resolve(spelled)) == trial_id(resolve(SETTINGS))
+        recipe = {key: value for key, value in presets.PRESETS["deit3"]["imagenet21k"].items()}
+        assert trial_id(resolve({**recipe})) == trial_id(resolve({"preset": "imagenet21k"}))
+
+    def test_how_a_trial_is_executed_is_no_part_of_it(self) -> None:
+        other = {
+            "execution.device": "cuda",
+            "execution.threads": 3,
+            "execution.data_root": "/elsewhere",
+            "execution.compile": True,
+            "execution.checkpoint_seconds": 1.0,
+            "execution.keep_checkpoints": 9,
+        }
+        assert set(other) == {name for name in fields() if name.startswith("execution.")}
+        assert trial_id(resolve({**SETTINGS, **other})) == trial_id(resolve(SETTINGS))
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("seed", 2),
+            ("precision", "bf16"),
+            ("optim.micro_batch_size", 64),
+            ("data.decode_size", 40),
+            ("data.seed", 1),
+        ],
+    )
+    def test_what_a_trial_computes_is_part_of_it(self, name: str, value: object) -> None:
+        assert trial_id(resolve({**SETTINGS, name: value})) != trial_id(resolve(SETTINGS))
+
+    def test_a_setting_at_its_value_as_before_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = identity(resolve(SETTINGS))
+        monkeypatch.setattr(config, "AS_BEFORE", {"optim.beta2": 0.999})
+        assert identity(resolve(SETTINGS)) == {key: value for key, value in before.items() if key != "optim.beta2"}
+        assert identity(resolve({**SETTINGS, "optim.beta2": 0.9})) == {**before, "optim.beta2": 0.9}
+
+    def test_settings_without_effect_are_null_and_left_out(self) -> None:
+        plain = resolve({**SETTINGS, "model.num_registers": 0, "model.reg_init_std": 1e-6})
+        assert plain.model.reg_init_std is None
+        assert trial_id(plain) == trial_id(resolve({**SETTINGS, "model.num_registers": 0}))
+        own = resolve({"method": "my.own:Method", "data.train": "fashion_mnist", "data.name": "x", "deit3.flip": False})
+        assert (own.deit3, own.data.scenes, own.data.name) == (None, None, None)
+        assert resolve({"evaluation.probes": ["knn"]}).evaluation.linear is None
+
+    def test_resolving_twice_changes_nothing(self) -> None:
+        for settings in (SETTINGS, {"preset": "imagenet21k"}, {"data.train": "image_folder", "data.name": "own"}):
+            once = resolve(settings)
+            assert resolve(once.model_dump()) == once
+
+
+class TestResolving:
+    def test_auto_is_decided_from_the_other_settings(self) -> None:
+        assert resolve({"data.train": "fashion_mnist", "model.patch_size": 8}).model.image_size == 24
+        assert resolve({"model.patch_size": 14}).model.image_size == 56  # of the 64 px of scenes
+        assert resolve({"data.train": "image_folder", "data.name": "x"}).data.decode_size == 256
+        assert resolve({"optim.steps": 1000}).optim.warmup_steps == 50
+        assert resolve({"optim.batch_size": 96}).optim.micro_batch_size == 96
+        assert resolve({"optim.ema_decay": "auto", "optim.steps": 1000}).optim.ema_decay == pytest.approx(0.99)
+        assert resolve({"model.num_registers": 1}).model.reg_init_std == 0.02
+        assert resolve({"preset": "imagenet21k", "model.num_registers": 1}).model.reg_init_std == 1e-6
+
+    def test_nothing_stays_auto(self) -> None:
+        for settings in (SETTINGS, {"preset": "imagenet21k"}, {"data.train": "my.own:build"}):
+            flat = flatten(resolve(settings).model_dump())
+            assert "auto" not in {v for k, v in flat.items() if isinstance(v, str) and not is_execution(k)}
+
+    def test_what_is_given_goes_before_the_preset(self) -> None:
+        assert resolve({"preset": "imagenet21k", "optim.lr": 0.5}).optim.lr == 0.5
+
+    def test_every_method_and_size_resolves(self) -> None:
+        for method in catalog.METHODS:
+            for size in catalog.MODEL_SIZES:
+                assert resolve({"method": method, "model.size": size}).model.size == size
+
+    def test_a_configuration_cannot_be_changed(self) -> None:
+        with pytest.raises(ValidationError):
+            resolve(SETTINGS).seed = 3  # type: ignore[misc]
+
+
+class TestMessages:
+    def test_everything_wrong_is_said_at_once(self) -> None:
+        assert faults({"model.num_registers": 17, "optim.lr": float("nan"), "method": "deit4"}) == [
+            "method is 'deit4', which does not exist; did you mean deit3?; allowed: deit3, package.module:Class of your own",
+            "model.num_registers is 17; allowed: a whole number from 0 to 16",
+            "optim.lr is .nan; allowed: a number above 0, at most 10",
+        ]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"model.num_register": 1}, "model.num_register is not a field of model; did you mean num_registers?"),
+            ({"model": 5}, "model is 5; allowed: a section with size, patch_size"),
+            ({"optim.batch_size": True}, "optim.batch_size is true; allowed: a whole number from 1 to 1000000"),
+            ({"optim.ema_decay": 1}, "optim.ema_decay is 1; allowed: a number of at least 0, below 1 or auto or null"),
+            ({"model.image_size": 2000}, "model.image_size is 2000; allowed: a whole number from 1 to 1024 or auto"),
+            ({"deit3.loss": "bbce"}, "deit3.loss is 'bbce'; allowed: bce or soft_ce; did you mean bce?"),
+            ({"evaluation.probes": "knn"}, "evaluation.probes is 'knn'; allowed: a list of names"),
+            ({"evaluation.probes": ["knn", "knn"]}, "evaluation.probes is [knn, knn]; each may be named once"),
+            ({"data.name": "a/b"}, "data.name is 'a/b'; allowed: a text that matches ^[A-Za-z0-9]"),
+            ({"preset": "x"}, "preset 'x' does not exist for method 'deit3'; allowed: short, imagenet21k"),
+            ({"deit3": None, "deit3.flip": True}, "deit3 is set to a value and to fields of its own at once"),
+            ({"model.image_size": 100}, "model.patch_size 16 does not divide model.image_size 100"),
+            ({"deit3": None}, "deit3 is null; method deit3 needs it"),
+            ({"evaluation.knn": None}, "evaluation.knn is null; evaluation.probes names it"),
+            ({"data.train": "image_folder"}, "data.name is missing: data.train image_folder needs a logical name"),
+        ],
+    )
+    def test_each_says_what_is_allowed(self, settings: dict[str, object], message: str) -> None:
+        (found,) = faults(settings)
+        assert message in found
+
+    def test_impossible_combinations_are_all_said_and_name_their_settings(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            resolve({"model.image_size": 100, "optim.micro_batch_size": 3, "optim.warmup_steps": 2000})
+        assert [fault.fields for fault in caught.value.faults] == [
+            ("model.patch_size", "model.image_size"),
+            ("optim.micro_batch_size", "optim.batch_size"),
+            ("optim.warmup_steps", "optim.steps"),
+        ]
+
+    def test_needs_that_the_data_do_not_meet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        needy = catalog.MethodEntry(build="x:X", needs=("classes", "captions"), weights="raw", section="deit3")
+        monkeypatch.setitem(catalog.METHODS, "deit3", needy)
+        assert resolve({}).method == "deit3"  # scenes have captions
+        message = "method deit3 needs captions; data.train fashion_mnist provides classes"
+        assert faults({"data.train": "fashion_mnist"}) == [message]
+
+    def test_the_nearest_name_is_found(self) -> None:
+        names = ["model.num_registers", "model.size", "optim.lr"]
+        assert did_you_mean("model.num_registres", names) == "; did you mean model.num_registers?"
+        assert did_you_mean("registers", names) == "; did you mean model.num_registers?"
+        assert did_you_mean("captions", names) == ""
+
+
+class TestSingleSettings:
+    def test_values_are_held_as_a_configuration_holds_them(self) -> None:
+        assert check("optim.lr", 1) == (1.0, [])
+        assert check("evaluation.knn.k", [1, 2]) == ((1, 2), [])
+        assert check("model.image_size", 100) == (100, [])  # that no patch divides it shows with the patch size
+
+    def test_every_setting_accepts_its_default(self) -> None:
+        defaults = flatten(TrialConfig().model_dump())
+        assert list(defaults) == list(fields())
+        for name, value in defaults.items():
+            assert check(name, value) == (value, [])
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("model.num_register", "model.num_register is not a setting of model; did you mean model.num_registers?"),
+            ("lr", "lr is not a setting; did you mean optim.lr?"),
+            ("steps", "steps is not a setting; did you mean optim.steps or evaluation.linear.steps?"),
+            ("epochs", "epochs is not a setting; did you mean optim.steps?"),
+            ("model", "model is a section; its settings are model.size, model.patch_size"),
+            ("model.size.x", "model.size.x does not exist; model.size is a setting without fields of its own"),
+            ("zzz", "zzz is not a setting; allowed: method, preset, seed"),
+        ],
+    )
+    def test_unknown_names_are_explained(self, name: str, message: str) -> None:
+        _, (fault,) = check(name, 1)
+        assert fault.message.startswith(message)

@@ -1,0 +1,88 @@
+"""kNN against an independent brute force in numpy, votes by hand, planted codes, chance, and which k exist."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from trainers.config import KnnConfig
+from trainers.probes import knn
+from trainers.probes.features import Features
+from trainers.streams import Streams
+
+CLASSES = 6
+
+
+def _features(seed: int, count: int, spread: float = 1.0) -> Features:
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(0, 1, (CLASSES, 12))
+    classes = rng.integers(0, CLASSES, count)
+    # Lengths vary over two decades: only directions count.
+    cls = rng.normal(centres[classes], spread) * rng.uniform(0.1, 10, (count, 1))
+    return Features(torch.from_numpy(cls).float(), torch.zeros(count, 12), torch.from_numpy(classes))
+
+
+def _brute_force(train: Features, evaluated: Features, k: int, temperature: float) -> np.ndarray:
+    a, b = train.cls.double().numpy(), evaluated.cls.double().numpy()
+    predicted = []
+    for query in b:
+        cosine = [float(query @ row / np.sqrt(query @ query) / np.sqrt(row @ row)) for row in a]
+        nearest = sorted(range(len(a)), key=lambda i: -cosine[i])[:k]
+        votes = np.zeros(CLASSES)
+        for i in nearest:
+            votes[int(train.classes[i])] += np.exp(cosine[i] / temperature)
+        predicted.append(int(np.argmax(votes)))
+    return np.array(predicted)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_equals_brute_force(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, evaluated = _features(0, 150, spread=2), _features(1, 40, spread=2)
+    settings = KnnConfig(k=(1, 5, 20, 100), temperature=temperature)
+    predicted = knn.predictions(train, evaluated, settings, Streams(0), CLASSES)
+    assert list(predicted) == ["knn/k1/top1", "knn/k5/top1", "knn/top1", "knn/k100/top1"]
+    for k, ours in zip(settings.k, predicted.values(), strict=True):
+        np.testing.assert_array_equal(ours, _brute_force(train, evaluated, k, temperature))
+    assert len({tuple(ours.tolist()) for ours in predicted.values()}) >= 3  # the cases tell the k apart
+    monkeypatch.setattr(knn, "_CHUNK", 7)
+    chunked = knn.predictions(train, evaluated, settings, Streams(0), CLASSES)
+    assert all(torch.equal(chunked[name], predicted[name]) for name in predicted)
+
+
+def test_votes_by_hand() -> None:
+    similarity = torch.tensor([[1.0, 0.5, 0.5]])
+    classes = torch.tensor([[2, 0, 0]])
+    total = np.exp(2) + 2 * np.exp(1)
+    votes = knn.votes(similarity, classes, (1, 3), 0.5, 3)
+    np.testing.assert_allclose(votes[1], [[0, 0, np.exp(2) / total]])
+    np.testing.assert_allclose(votes[3], [[2 * np.e / total, 0, np.exp(2) / total]])  # one near beats two far
+    assert knn.votes(similarity, classes, (3,), 5.0, 3)[3].argmax() == 0  # at a high temperature two beat one
+
+
+def test_planted_code_and_chance() -> None:
+    rng = np.random.default_rng(0)
+    classes = torch.from_numpy(rng.integers(0, CLASSES, 1_200))
+    code = functional.one_hot(classes, 12).float() + 0.1 * torch.from_numpy(rng.normal(0, 1, (1_200, 12))).float()
+    noise = torch.from_numpy(rng.normal(0, 1, (1_200, 12))).float()
+    half = torch.arange(600)
+    for cls, low, high in ((code, 1.0, 1.0), (noise, 1 / 6 - 0.06, 1 / 6 + 0.06)):
+        whole = Features(cls, cls, classes)
+        scores = dict(knn.probe(whole.at(half), whole.at(half + 600), KnnConfig(), Streams(0), CLASSES))
+        assert list(scores) == ["knn/k10/top1", "knn/top1", "knn/k100/top1", "knn/k200/top1"]
+        assert all(low <= score <= high for score in scores.values())
+
+
+def test_k_beyond_the_training_set_is_absent() -> None:
+    train, evaluated = _features(0, 20), _features(1, 9)
+    assert list(dict(knn.probe(train, evaluated, KnnConfig(), Streams(0), CLASSES))) == ["knn/k10/top1", "knn/top1"]
+    assert dict(knn.probe(train, evaluated, KnnConfig(k=(21,)), Streams(0), CLASSES)) == {}
+
+
+def test_without_class_token_the_mean_patch_is_the_feature() -> None:
+    train, evaluated = _features(0, 100, spread=0.3), _features(1, 30, spread=0.3)
+    patches = [Features(None, part.cls, part.classes) for part in (train, evaluated)]
+    expected = knn.predictions(train, evaluated, KnnConfig(), Streams(0), CLASSES)
+    ours = knn.predictions(*patches, KnnConfig(), Streams(0), CLASSES)
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)

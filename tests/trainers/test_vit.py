@@ -1,0 +1,156 @@
+"""The ViT against timm's, its attention against SDPA, and what models share that differ only in registers."""
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn import functional
+
+from trainers import catalog, vit
+from trainers.config import ModelConfig, resolve
+from trainers.streams import Streams
+
+
+def model(registers: int = 0, **settings: object) -> ModelConfig:
+    given = {"size": "nano", "patch_size": 8, "image_size": 32, "num_registers": registers, **settings}
+    return resolve({"model": given}).model
+
+
+def images(count: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(7))
+
+
+def timm_twin(ours: vit.ViT, config: ModelConfig) -> VisionTransformer:
+    shape = catalog.MODEL_SIZES[config.size]
+    twin = VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        num_classes=0,
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        init_values=config.layer_scale,
+        dynamic_img_size=True,
+    )
+    twin.load_state_dict(ours.state_dict(), strict=True)
+    return twin
+
+
+@pytest.mark.parametrize("layer_scale", [1e-4, None])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 24)])
+def test_without_registers_it_is_timms_plain_vit(layer_scale: float | None, height: int, width: int) -> None:
+    config = model(layer_scale=layer_scale)
+    ours = vit.ViT(config, Streams(0)).eval()
+    twin = timm_twin(ours, config).eval()
+    x = images(height=height, width=width)
+    expected = twin.forward_features(x)
+    assert torch.equal(ours.forward_features(x), expected)
+    assert torch.equal(ours.tokens(x).cls_BD, expected[:, 0])
+    assert torch.equal(ours.tokens(x).patches_BND, expected[:, 1:])
+
+
+def test_registers_stand_between_class_and_patches_without_position_embedding() -> None:
+    ours = vit.ViT(model(4, reg_init_std=0.5), Streams(0)).eval()
+    first = next(ours.residuals(images()))
+    assert first.registers_BRD.shape == (3, 4, 64)
+    assert torch.equal(first.registers_BRD[1], ours.reg_token[0])
+    assert first.patches_BND.shape == (3, 16, 64)
+
+
+@pytest.mark.parametrize("registers", [0, 4, 16])
+def test_residuals_end_where_tokens_begin_and_norm_gives_tokens(registers: int) -> None:
+    ours = vit.ViT(model(registers), Streams(0)).eval()
+    layers = list(ours.residuals(images()))
+    assert len(layers) == 1 + 4
+    raw, normed = ours.tokens(images(), normed=False), ours.tokens(images())
+    for last, unnormed, final in zip(layers[-1], raw, normed, strict=True):
+        assert torch.equal(last, unnormed)
+        assert torch.equal(ours.norm(last), final)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_explicit_attention_equals_the_sdpa_path(layer: int) -> None:
+    ours = vit.ViT(model(3, layer_scale=None), Streams(0)).eval()
+    query, key, value = ours.qkv(images(), layer)
+    explicit = ours.attention(images(), layer)
+    assert explicit.shape == (3, 2, 20, 20)
+    assert torch.allclose(explicit.sum(-1), torch.ones(3, 2, 20), atol=1e-6)
+    expected = functional.scaled_dot_product_attention(query, key, value)
+    assert (explicit @ value - expected).abs().max() < 1e-5
+
+
+def test_attention_of_a_layer_explains_that_blocks_output() -> None:
+    ours = vit.ViT(model(2, layer_scale=None), Streams(0)).eval()
+    before, after = (torch.cat([t.cls_BD[:, None], *t[1:]], 1) for t in list(ours.residuals(images()))[2:4])
+    value = ours.qkv(images(), 3)[2]
+    block = ours.blocks[2]
+    mixed = (ours.attention(images(), 3) @ value).transpose(1, 2).flatten(2)
+    middle = before + block.attn.proj(mixed)
+    assert torch.allclose(middle + block.mlp(block.norm2(middle)), after, atol=1e-5)
+
+
+def test_a_layer_that_does_not_exist_is_refused() -> None:
+    ours = vit.ViT(model(), Streams(0))
+    with pytest.raises(ValueError, match="allowed: 1 to 4"):
+        ours.attention(images(), 5)
+    with pytest.raises(ValueError, match="layer is 0"):
+        ours.qkv(images(), 0)
+
+
+def test_models_that_differ_only_in_registers_start_with_equal_shared_weights() -> None:
+    plain, four, sixteen = (vit.ViT(model(n), Streams(5)).state_dict() for n in (0, 4, 16))
+    for name, weights in plain.items():
+        assert torch.equal(weights, four[name]), name
+        assert torch.equal(weights, sixteen[name]), name
+    assert set(four) - set(plain) == {"reg_token"}
+    assert not torch.equal(plain["blocks.0.attn.qkv.weight"], vit.ViT(model(), Streams(6)).blocks[0].attn.qkv.weight)
+
+
+def test_registers_start_different_from_each_other() -> None:
+    registers = vit.ViT(model(16), Streams(0)).reg_token.detach()[0]
+    assert abs(registers.std().item() - 0.02) < 0.002
+    assert torch.pdist(registers).min() > 0.1
+
+
+def test_initialisation_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    vit.ViT(model(), Streams(0))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_drop_path_draws_do_not_depend_on_registers_and_have_their_rate() -> None:
+    plain, four = (vit.ViT(model(n, drop_path=0.3), Streams(1)) for n in (0, 4))
+    x = images(count=500)
+    draws = plain._draw_drop_path(x)
+    assert torch.equal(draws, four._draw_drop_path(x))
+    assert abs((draws == 0).float().mean().item() - 0.3) < 0.03
+    assert abs(draws.max().item() - 1 / 0.7) < 1e-6
+
+
+def test_drop_path_acts_in_training_only_and_a_dropped_block_is_the_identity() -> None:
+    ours = vit.ViT(model(drop_path=0.999999), Streams(0)).train()
+    layers = list(ours.residuals(images()))
+    assert torch.equal(layers[0].patches_BND, layers[-1].patches_BND)
+    with torch.no_grad():
+        assert not torch.equal(ours.eval().tokens(images()).cls_BD, ours.norm(layers[0].cls_BD))
+
+
+def test_token_norms_are_those_of_the_residual_stream() -> None:
+    ours = vit.ViT(model(2), Streams(0)).eval()
+    norms = vit.token_norms(ours, images())
+    assert norms.shape == (5, 3, 1 + 2 + 16)
+    third = list(ours.residuals(images()))[3]
+    assert torch.allclose(norms[3, 1, 1], third.registers_BRD[1, 0].norm())
+    assert torch.allclose(norms[3, 2, -1], third.patches_BND[2, -1].norm())
+
+
+def own_backbone(model: ModelConfig, streams: Streams) -> torch.nn.Module:
+    return torch.nn.Linear(1, 1)
+
+
+def test_a_users_own_backbone_is_checked() -> None:
+    with pytest.raises(ValueError, match="gave no torch module with embed_dim"):
+        vit.build(model(factory=f"{__name__}:own_backbone"), Streams(0))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        vit.build(model(factory="no.such.module:build"), Streams(0))

@@ -1,0 +1,235 @@
+"""Augmentation in batches on the device with parameters drawn per image: DeiT-III's 3-Augment, and the plain view.
+
+Source: facebookresearch/deit:augment.py, `new_data_aug_generator`: simple random crop (or random resized crop),
+horizontal flip, one of grayscale, solarize and Gaussian blur, colour jitter, normalisation, in this order.
+Shapes: B images, H height, W width, C = 3 channels, S side of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torchvision.transforms.v2.functional as tv
+from torch import Generator, Tensor
+
+from trainers import color
+from trainers.config import DeiT3Config
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CROP_PADDING = 4  # px, reflected, on every side before a simple random crop
+RESIZED_SCALE = (0.08, 1.0)  # area of a resized crop as a fraction of the image
+RESIZED_RATIO = (3 / 4, 4 / 3)  # its width / height
+RESIZED_ATTEMPTS = 10  # then the whole image, as torchvision and timm do
+BLUR_SIGMA = (0.1, 2.0)  # px
+
+GRAYSCALE, SOLARIZE, BLUR = range(3)  # values of Draws.choice
+
+_CACHE_VALUES = 2**18  # float32 values (1 MiB) that a CPU works on at once, so that they stay in its cache
+
+
+class Draws(NamedTuple):
+    """Parameters of each image's augmentation, on the CPU."""
+
+    box: Tensor  # int64 [B, 4]: top, left, height, width of the crop in px, in the padded image for a simple crop
+    flip: Tensor  # bool [B]
+    choice: Tensor  # int64 [B]: GRAYSCALE, SOLARIZE or BLUR
+    sigma: Tensor  # float32 [B], of the blur, px
+    factors: Tensor  # float32 [B, 3]: brightness, contrast, saturation
+    order: Tensor  # int64 [B, 3]: in which order these come
+
+
+def three_augment(images: Tensor, image_size: int, settings: DeiT3Config, generator: Generator) -> Tensor:
+    """Augmented and normalised images, float32 [B, 3, S, S], of uint8 [B, H, W, 3] on the same device.
+
+    Args:
+        images: square images, of any size.
+        image_size: S in px.
+        settings: which crop, flips, 3-Augment and how much colour jitter.
+        generator: of the CPU; how much is drawn does not depend on the device.
+
+    Raises:
+        ValueError: the images are not uint8 [B, H, H, 3], or the image size is too small to be padded or blurred.
+    """
+    return apply(images, draw(len(images), images.shape[1], image_size, settings, generator), image_size, settings)
+
+
+def draw(batch: int, source_size: int, image_size: int, settings: DeiT3Config, generator: Generator) -> Draws:
+    """Independent parameters of `batch` images of side `source_size`.
+
+    All of them are drawn whether `settings` uses them or not, the box of the crop last: trials that differ in one of
+    these settings share the draws of the others.
+    """
+    uniform = torch.rand(batch, 6, generator=generator)
+    order = torch.rand(batch, 3, generator=generator).argsort(dim=1)
+    low, high = BLUR_SIGMA
+    return Draws(
+        flip=uniform[:, 0] < (0.5 if settings.flip else 0.0),
+        choice=(uniform[:, 1] * 3).long(),
+        sigma=low + (high - low) * uniform[:, 2],
+        factors=1.0 + settings.color_jitter * (2.0 * uniform[:, 3:] - 1.0),
+        order=order,
+        box=_draw_boxes(batch, source_size, image_size, settings.crop, generator),
+    )
+
+
+def _draw_boxes(batch: int, source_size: int, image_size: int, crop: str, generator: Generator) -> Tensor:
+    if crop == "simple":
+        corner = torch.randint(0, 2 * CROP_PADDING + 1, (batch, 2), generator=generator)
+        return torch.cat([corner, torch.full((batch, 2), image_size)], dim=1)
+    if crop == "resized":
+        return draw_resized_boxes(batch, source_size, generator)
+    return torch.tensor([0, 0, source_size, source_size]).expand(batch, 4)
+
+
+def draw_resized_boxes(batch: int, source_size: int, generator: Generator) -> Tensor:
+    """Boxes [B, 4] (top, left, height, width) as torchvision's RandomResizedCrop draws them for a square image."""
+    shape = (batch, RESIZED_ATTEMPTS)
+    low, high = RESIZED_SCALE
+    area = source_size**2 * (low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64))
+    log_low, log_high = math.log(RESIZED_RATIO[0]), math.log(RESIZED_RATIO[1])
+    ratio = torch.exp(log_low + (log_high - log_low) * torch.rand(shape, generator=generator, dtype=torch.float64))
+    corner = torch.rand(batch, 2, generator=generator, dtype=torch.float64)
+
+    size = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long().clamp_(min=1)
+    fits = (size <= source_size).all(dim=2)
+    size = torch.where(fits[:, :, None], size, source_size)
+    first = fits.int().argmax(dim=1)  # the first attempt that fits; where none does, all stand for the whole image
+    size = size[torch.arange(batch), first]
+    return torch.cat([(corner * (source_size - size + 1)).long(), size], dim=1)
+
+
+def apply(images: Tensor, draws: Draws, image_size: int, settings: DeiT3Config) -> Tensor:
+    """What `three_augment` returns, given the parameters; each image is changed only by what it drew."""
+    _check(images, image_size)
+    batch = len(images)
+    part = max(1, _CACHE_VALUES // (3 * image_size**2)) if images.device.type == "cpu" else batch
+    result = torch.empty(batch, 3, image_size, image_size, device=images.device)
+    for start in range(0, batch, part):
+        piece = slice(start, start + part)
+        pixels = _changed(images[piece], Draws(*(values[piece] for values in draws)), image_size, settings)
+        _standardise(pixels, out=result[piece])
+    return result
+
+
+def _check(images: Tensor, image_size: int) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}; allowed: torch.uint8 [B, H, H, 3]")
+    if image_size <= color.BLUR_RADIUS:
+        raise ValueError(f"image_size is {image_size} px; augmentation needs at least {color.BLUR_RADIUS + 1} px")
+
+
+def _changed(images: Tensor, draws: Draws, image_size: int, settings: DeiT3Config) -> Tensor:
+    """All but the normalisation: values 0 … 255."""
+    if settings.crop == "resized":
+        pixels = resized_crop(images, draws.box, draws.flip, image_size)
+    else:
+        pixels = simple_crop(_resize(images, image_size), draws.box[:, :2], draws.flip, image_size, settings.crop)
+    if settings.three_augment:
+        color.on_subset_(pixels, draws.choice == GRAYSCALE, color.grayscale)
+        color.on_subset_(pixels, draws.choice == SOLARIZE, color.solarize)
+        color.on_subset_(pixels, draws.choice == BLUR, color.gaussian_blur, draws.sigma)
+    if settings.color_jitter:
+        color.color_jitter_(pixels, draws.factors, draws.order)
+    return pixels
+
+
+def simple_crop(images: Tensor, corner_B2: Tensor, flip_B: Tensor, image_size: int, crop: str = "simple") -> Tensor:
+    """Windows of side S of uint8 [B, S, S, 3] padded by 4 reflected px, flipped where told; float32 [B, 3, S, S].
+
+    Pixels are gathered at whole offsets, so no value changes. With `crop` "none" nothing is padded.
+    """
+    padding = CROP_PADDING if crop == "simple" else 0
+    steps = torch.arange(image_size) - padding
+    rows, columns = corner_B2[:, :1] + steps, corner_B2[:, 1:] + steps
+    columns = torch.where(flip_B[:, None], columns.flip(1), columns)
+    rows, columns = _reflect(rows, image_size), _reflect(columns, image_size)
+    rows = rows + image_size * torch.arange(len(images))[:, None]
+    index = (image_size * _moved(rows, images)[:, :, None] + _moved(columns, images)[:, None, :]).view(-1)
+    return _planes(images.reshape(-1, 3).index_select(0, index).view(-1, image_size, image_size, 3))
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Positions before 0 or past the end mirrored at the border pixel, which is not repeated."""
+    return (size - 1) - ((size - 1) - position.abs()).abs()
+
+
+def resized_crop(images: Tensor, box_B4: Tensor, flip_B: Tensor, image_size: int) -> Tensor:
+    """Boxes of uint8 [B, H, H, 3] resized to S by antialiased bicubic interpolation, float32 [B, 3, S, S].
+
+    On a CPU image by image with torchvision's integer kernels, elsewhere as two batched matrix products; they differ
+    by a few grey levels at most, as the former, like PIL, rounds and clips between its two passes.
+    """
+    if images.device.type != "cpu":
+        return resized_crop_by_matrices(images, box_B4, flip_B, image_size)
+    planes = images.permute(0, 3, 1, 2)
+    size = [image_size, image_size]
+    bicubic = tv.InterpolationMode.BICUBIC
+    crops = [
+        tv.resized_crop(image, *box, size, interpolation=bicubic, antialias=True)
+        for image, box in zip(planes, box_B4.tolist(), strict=True)
+    ]
+    pixels = torch.stack(crops).float()
+    flipped = flip_B.nonzero()[:, 0]
+    return pixels.index_copy_(0, flipped, pixels[flipped].flip(3))
+
+
+def resized_crop_by_matrices(images: Tensor, box_B4: Tensor, flip_B: Tensor, image_size: int) -> Tensor:
+    """`resized_crop` on any device, without a loop over images."""
+    top, left, height, width = _moved(box_B4, images).unbind(1)
+    vertical_BSH = _bicubic(top, height, images.shape[1], image_size)
+    horizontal_BSW = _bicubic(left, width, images.shape[2], image_size)
+    horizontal_BSW = torch.where(_moved(flip_B, images)[:, None, None], horizontal_BSW.flip(1), horizontal_BSW)
+    rows = torch.matmul(vertical_BSH[:, None], _planes(images))
+    return torch.matmul(rows, horizontal_BSW[:, None].transpose(2, 3)).clamp_(0.0, 255.0).round_()
+
+
+def _bicubic(start_B: Tensor, length_B: Tensor, source_size: int, size: int) -> Tensor:
+    """Weights [B, size, source_size] of PIL's antialiased bicubic filter (a = -0.5) over [start, start + length)."""
+    source = torch.arange(source_size, device=start_B.device)
+    scale = (length_B / size)[:, None, None]
+    centre = start_B[:, None, None] + (torch.arange(size, device=start_B.device) + 0.5)[None, :, None] * scale
+    x = ((source + 0.5 - centre) / scale.clamp(min=1.0)).abs()
+    near = (1.5 * x - 2.5) * x**2 + 1.0
+    far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    weights = torch.where(x < 1.0, near, torch.where(x < 2.0, far, 0.0))
+    inside = (source >= start_B[:, None, None]) & (source < (start_B + length_B)[:, None, None])
+    weights = weights * inside
+    return weights / weights.sum(dim=2, keepdim=True)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] as float32 [B, 3, H, W] with ImageNet's mean and standard deviation."""
+    return _standardise(_planes(images))
+
+
+def evaluation_view(images: Tensor, image_size: int) -> Tensor:
+    """uint8 [B, H, H, 3] resized to S where sizes differ (antialiased bicubic), normalised: float32 [B, 3, S, S]."""
+    return normalize(_resize(images, image_size))
+
+
+def _resize(images: Tensor, image_size: int) -> Tensor:
+    if images.shape[1:3] == (image_size, image_size):
+        return images
+    size = [image_size, image_size]
+    planes: Tensor = tv.resize(images.permute(0, 3, 1, 2), size, tv.InterpolationMode.BICUBIC, antialias=True)
+    return planes.permute(0, 2, 3, 1)
+
+
+def _planes(images: Tensor) -> Tensor:
+    """[B, H, W, 3] as a new float32 [B, 3, H, W]."""
+    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _standardise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
+    """(x / 255 - mean) / std."""
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    return torch.mul(pixels, _moved(1.0 / (255.0 * std), pixels), out=out).sub_(_moved(mean / std, pixels))
+
+
+def _moved(value: Tensor, like: Tensor) -> Tensor:
+    """On the device of `like`, without waiting for it."""
+    return value.to(like.device, non_blocking=True)

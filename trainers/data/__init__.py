@@ -1,0 +1,117 @@
+"""Data sets as read-only memory maps: what they hold, and how one is opened by its name in the configuration."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trainers import catalog
+from trainers.config import DataConfig, ExecutionConfig
+
+if TYPE_CHECKING:
+    from trainers.data.cache import Source
+
+SPLITS = ("train", "validation", "test")
+
+Progress = Callable[[str, int, int], None]  # what is done, how many are done, how many there are (0: not known)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of n images of side S; arrays are read-only memory maps in an order in which any prefix is a sample.
+
+    Attributes:
+        images: uint8 [n, S, S, 3], RGB.
+        targets: by what `trainers.catalog.PROVISIONS` calls them. "classes": int64 [n]. "segmentation": uint8
+            [n, S, S], 0 is background and 1 + c is class c. "depth": float16 [n, S, S], metres. "boxes": float32
+            [n, K, 5] as x0, y0, x1, y1 in px (x1 and y1 exclusive) and class, rows of NaN where an image has fewer
+            than K objects, the largest object first. "captions": a sequence of n strings.
+        paths: of an image folder, relative to its root; None elsewhere.
+    """
+
+    images: npt.NDArray[np.uint8]
+    targets: Mapping[str, Any]
+    paths: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Three disjoint splits under a logical name.
+
+    Attributes:
+        provides: the names of the targets that every split has.
+        fingerprint: 16 hexadecimal digits of a SHA-256 over pixels and targets of all splits, not over names of files.
+        unreadable: files that could not be decoded and were left out, relative to the root.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    provides: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    fingerprint: str
+    unreadable: tuple[str, ...] = ()
+
+
+# What the catalog's `build`, or a user's own by dotted path, has to be: called as
+# build(config, execution, side, cache), where `side` is the side in px of the decoded images and `cache` a folder on a
+# local disk; it returns what to write, as trainers.data.cache.Source. It finds files but decodes nothing.
+Builder = Callable[[DataConfig, ExecutionConfig, int, Path], "Source"]
+
+
+def open_data(
+    config: DataConfig, execution: ExecutionConfig, image_size: int, cache: Path, progress: Progress | None = None
+) -> DataSet:
+    """The data set `config.train`, decoded into `cache` by the first caller and memory-mapped by all others.
+
+    Safe to call from several processes at once: one decodes, the others wait.
+
+    Args:
+        image_size: side in px that the model is trained on; decides the decoded size only where that is `auto`.
+        cache: folder on a local disk; it is made where it is missing.
+        progress: told while images are decoded, or that another process does so.
+
+    Raises:
+        ValueError: files are missing or damaged, or a setting is impossible; one line that says what to do.
+    """
+    from trainers.data.cache import open_source
+
+    source = _builder(config.train)(config, execution, _side(config, image_size), cache)
+    return open_source(source, cache, progress or _quiet)
+
+
+def _quiet(*_: object) -> None:
+    """Tells nobody."""
+
+
+def _side(config: DataConfig, image_size: int) -> int:
+    """Side in px of the decoded images; where `auto` is left, as trainers.config.resolve decides it."""
+    if isinstance(config.decode_size, int):
+        return config.decode_size
+    native = catalog.DATASETS[config.train].decode_size if config.train in catalog.DATASETS else None
+    if native is not None:
+        return native
+    if config.decode_size == "original":
+        raise ValueError("data.decode_size: streaming of original sizes is not available; set data.decode_size in px")
+    return image_size * 8 // 7
+
+
+def _builder(train: str) -> Builder:
+    """The builder that the catalog lists for `train`, or that a dotted path `package.module:build` names."""
+    dotted = catalog.DATASETS[train].build if train in catalog.DATASETS else train
+    module, _, attribute = dotted.partition(":")
+    try:
+        builder: Builder = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"data.train: {train!r} cannot be imported: {error}") from error
+    return builder

@@ -1,0 +1,273 @@
+"""The data cache: one folder for each data set, built once under a lock, fingerprinted and published by rename."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainers import catalog
+from trainers.data import SPLITS, DataSet, Progress, Split
+from trainers.data.rows import Array, RowStream, Texts
+
+FORMAT = 1  # of the folders; part of their names
+META = "meta.json"
+UNREADABLE = "unreadable.txt"
+_MORE_NAMED = 100  # unreadable files past the limit that are still looked for, so that a user can mend all at once
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before it is decoded.
+
+    Attributes:
+        name: logical name, which also begins the name of the cache folder.
+        key: what decides the content, as JSON values; its hash ends the name of the cache folder.
+        class_names: in the order of the class numbers.
+        write: decodes everything into the writer, telling the progress.
+        candidates: images that will be tried, where some may be unreadable.
+        max_unreadable: fraction of the candidates that may be.
+    """
+
+    name: str
+    key: Mapping[str, object]
+    class_names: tuple[str, ...]
+    write: Callable[[Writer, Progress], None]
+    candidates: int = 0
+    max_unreadable: float = 0.0
+
+    @property
+    def folder_name(self) -> str:
+        """Readable name and a hash of what decides the content."""
+        canonical = json.dumps([FORMAT, self.name, self.key, self.class_names], sort_keys=True)
+        readable = re.sub(r"[^A-Za-z0-9_-]+", "-", self.name)[:64]
+        return f"{readable}-{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
+
+
+class Writer:
+    """Fills one cache folder; `Source.write` gets it. Rows are hashed and written as they come, in bounded memory."""
+
+    def __init__(self, folder: Path, source: Source) -> None:
+        self._folder, self._source = folder, source
+        self._streams: dict[str, RowStream] = {}
+        self.unreadable: list[tuple[str, str]] = []
+
+    def append(self, split: str, images: Array, targets: Mapping[str, Any], paths: Sequence[str] | None = None) -> None:
+        """Adds n images (uint8 [n, S, S, 3]) with their targets (first axis n; strings for captions) to a split.
+
+        The targets always have the same names, types and shapes; see trainers.data.Split.
+        """
+        texts = {"captions": targets["captions"]} if "captions" in targets else {}
+        if paths is not None:
+            texts["paths"] = paths
+        arrays = {"images": images, **{name: t for name, t in targets.items() if name != "captions"}}
+        for name, rows in (*arrays.items(), *texts.items()):
+            if len(rows) != len(images):
+                raise ValueError(f"{len(rows)} {name} for {len(images)} images")
+        for name, rows in arrays.items():
+            self._stream(f"{split}.{name}", np.asarray(rows))
+        for name, strings in texts.items():
+            self._append_texts(f"{split}.{name}", strings)
+
+    def _append_texts(self, name: str, strings: Sequence[str]) -> None:
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        before = self._streams[f"{name}.utf8"].rows if f"{name}.utf8" in self._streams else 0
+        self._stream(f"{name}.utf8", np.frombuffer(b"".join(encoded), np.uint8))
+        self._stream(f"{name}.ends", before + np.cumsum([len(text) for text in encoded], dtype=np.int64))
+
+    def _stream(self, name: str, rows: Array) -> None:
+        if name not in self._streams:
+            self._streams[name] = RowStream(self._folder / f"{name}.npy", rows)
+        self._streams[name].append(rows)
+
+    def skip(self, path: str, reason: str) -> None:
+        """Counts and names an unreadable file.
+
+        Raises:
+            TooManyUnreadable: so many more than the source tolerates that going on makes no sense.
+        """
+        self.unreadable.append((path, " ".join(reason.split())))
+        if len(self.unreadable) > _limit(self._source) + _MORE_NAMED:
+            raise TooManyUnreadable
+
+    def close(self) -> None:
+        """Syncs all files and writes meta.json, without which a folder does not count, last."""
+        self._check()
+        described = {name: stream.close() for name, stream in sorted(self._streams.items())}
+        content = [f"{name} {line}" for name, line in described.items() if ".paths." not in name]
+        _write_synced(self._folder / UNREADABLE, _listing(self.unreadable))
+        meta = {
+            "format": FORMAT,
+            "key": dict(self._source.key),
+            "fingerprint": hashlib.sha256("\n".join(content).encode()).hexdigest()[:16],
+            "unreadable": [path for path, _ in self.unreadable],
+            "files": {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())},
+        }
+        _write_synced(self._folder / META, json.dumps(meta, indent=1))
+
+    def release(self) -> None:
+        """Closes what a failed build left open."""
+        for stream in self._streams.values():
+            stream.release()
+
+    def _check(self) -> None:
+        """The splits are complete and alike; what users' own builders get wrong is said here."""
+        if len(self.unreadable) > _limit(self._source):
+            raise TooManyUnreadable
+        names = [{n.partition(".")[2] for n in self._streams if n.startswith(f"{split}.")} for split in SPLITS]
+        for split, found in zip(SPLITS, names, strict=True):
+            if not {"images", "classes"} <= found:
+                raise ValueError(f"data set {self._source.name!r} has no images left for its {split} split")
+            if found != names[0]:
+                raise ValueError(
+                    f"data set {self._source.name!r}: {split} has {sorted(found)}, train {sorted(names[0])}"
+                )
+
+
+class TooManyUnreadable(Exception):
+    """More files are unreadable than the source tolerates; users see it as a ValueError that names some."""
+
+
+def open_source(source: Source, cache: Path, progress: Progress) -> DataSet:
+    """The data set of `source` from its folder in `cache`, which is built first where it is missing or damaged.
+
+    Raises:
+        ValueError: what the source's `write` raises, too many unreadable files, or a cache that cannot be written.
+    """
+    folder = cache / source.folder_name
+    try:
+        data = _opened(source, folder)
+        if data is None:
+            cache.mkdir(parents=True, exist_ok=True)
+            with locked(cache / f".{folder.name}.lock", lambda: progress(f"waiting for {source.name}", 0, 0)):
+                data = _opened(source, folder) or _built(source, folder, progress)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise
+        raise ValueError(f"data set {source.name!r} cannot be cached in {cache}: {error.strerror}") from error
+    tried = sum(len(split) for split in (data.train, data.validation, data.test)) + len(data.unreadable)
+    if len(data.unreadable) > int(source.max_unreadable * tried):  # cached under a more tolerant setting
+        raise _refusal(source, [(path, "") for path in data.unreadable], folder / UNREADABLE)
+    return data
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Holds an exclusive lock on the file `path`, which stays; the system frees it when a holder dies."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _built(source: Source, folder: Path, progress: Progress) -> DataSet:
+    """Builds in a hidden folder and renames it; the caller holds the lock, so whatever lies there is left over."""
+    temporary = folder.with_name(f".{folder.name}.building")
+    refused = folder.with_name(f"{folder.name}.{UNREADABLE}")
+    for left_over in (temporary, folder):  # processes that have mapped a damaged folder keep their maps
+        if left_over.exists():
+            shutil.rmtree(left_over)
+    temporary.mkdir()
+    writer = Writer(temporary, source)
+    try:
+        source.write(writer, progress)
+        writer.close()
+        sync_folder(temporary)
+        temporary.rename(folder)
+    except TooManyUnreadable as error:
+        _write_synced(refused, _listing(writer.unreadable))
+        raise _refusal(source, writer.unreadable, refused) from error
+    finally:
+        writer.release()
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(folder.parent)
+    refused.unlink(missing_ok=True)
+    data = _opened(source, folder)
+    assert data is not None
+    return data
+
+
+def _opened(source: Source, folder: Path) -> DataSet | None:
+    """The data set in `folder`, or None where there is none or a damaged one, which is then said."""
+    try:
+        meta = json.loads((folder / META).read_bytes())
+        for name, size in meta["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} does not have its {size:,} bytes")
+        splits = {split: _opened_split(folder, split, meta["files"]) for split in SPLITS}
+        fingerprint, unreadable = str(meta["fingerprint"]), tuple(meta["unreadable"])
+    except FileNotFoundError as error:
+        if folder.exists():
+            logger.warning("%s is incomplete (%s) and is built again", folder, error)
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is damaged (%s) and is built again", folder, error)
+        return None
+    provides = tuple(name for name in catalog.PROVISIONS if name in splits["train"].targets)
+    return DataSet(source.name, source.class_names, provides, fingerprint=fingerprint, unreadable=unreadable, **splits)
+
+
+def _opened_split(folder: Path, split: str, files: Mapping[str, int]) -> Split:
+    arrays: dict[str, Any] = {}
+    for file in files:
+        if file.startswith(f"{split}.") and file.endswith(".npy"):
+            # asarray: a plain array over the map, whose slices cost less than those of np.memmap
+            arrays[file[len(split) + 1 : -4]] = np.asarray(np.load(folder / file, mmap_mode="r", allow_pickle=False))
+    for name in [name.removesuffix(".utf8") for name in arrays if name.endswith(".utf8")]:
+        arrays[name] = Texts(arrays.pop(f"{name}.utf8"), arrays.pop(f"{name}.ends"))
+    return Split(arrays.pop("images"), paths=arrays.pop("paths", None), targets=arrays)
+
+
+def _limit(source: Source) -> int:
+    return int(source.max_unreadable * source.candidates)
+
+
+def _refusal(source: Source, unreadable: Sequence[tuple[str, str]], file: Path) -> ValueError:
+    some = ", ".join(_shown(path) for path, _ in unreadable[:3])
+    return ValueError(
+        f"data set {source.name!r}: {len(unreadable)} of {source.candidates:,} images cannot be read, more than "
+        f"data.max_unreadable {source.max_unreadable} allows ({_limit(source)}): {some}"
+        f"{' …' if len(unreadable) > 3 else ''}; all that were found are named in {file}"
+    )
+
+
+def _listing(unreadable: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"{_shown(path)}\t{reason}\n" for path, reason in unreadable)
+
+
+def _shown(path: str) -> str:
+    """A file's name on one line: what cannot be printed (line breaks, undecodable bytes) is escaped."""
+    return path if path.isprintable() else ascii(path)[1:-1]
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
