@@ -40,7 +40,7 @@ def analyse(folder: Path) -> Analysis:
 
     frames = collect(folder)
     scores = tables.last_scores(frames)
-    ablation = tables.ablation(frames)
+    ablation = tables.ablation(frames, scores=scores)
     written = write_tables(
         folder / "tables",
         {"runs": frames.runs, "metrics": frames.metrics, "token_norms": frames.token_norms, "ablation": ablation},

@@ -58,7 +58,7 @@ def last_scores(frames: Frames) -> Scores:
     return found
 
 
-def ablation(frames: Frames, interval: str = statistics.PAIRED_T) -> pa.Table:
+def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores | None = None) -> pa.Table:
     """The table `ablation`: the axes, then schemas.ABLATION, sorted by axes and metric.
 
     Every cell has a row for every metric that any trial has or that is declared primary. Only finished trials
@@ -69,9 +69,10 @@ def ablation(frames: Frames, interval: str = statistics.PAIRED_T) -> pa.Table:
 
     Args:
         interval: statistics.PAIRED_T, or statistics.POOLED_DUNNETT, which falls back to PAIRED_T where it cannot be.
+        scores: `last_scores(frames)` where the caller has them already.
     """
     everything = cells(frames.plan)
-    scores = last_scores(frames)
+    scores = last_scores(frames) if scores is None else scores
     metrics = sorted(scores.keys() | set(frames.plan.primary))
     states = _states(frames)
     baselines = {cell.key: baseline_of(cell, everything, frames.plan.baseline) for cell in everything}

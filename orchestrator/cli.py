@@ -165,9 +165,9 @@ def ui(
     folder = state or storage
     uri = tracking_uri or tracking.default_tracking_uri(folder)
     tracking.prepare_store(uri, folder)
-    command = tracking.ui_command(uri, port)
+    command, environment = tracking.ui_command(uri, port)
     typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
-    os.execv(command[0], command)
+    os.execve(command[0], command, {**os.environ, **environment})
 
 
 @app.command()
@@ -175,9 +175,11 @@ def schema(
     output: Annotated[Path | None, typer.Argument(help="File to write; standard output without.")] = None,
 ) -> None:
     """Write the JSON Schema of sweep files, by which editors complete and check them."""
-    from orchestrator import schema as schemas
+    import json
 
-    text = schemas.dump()
+    from orchestrator.schema import sweep_schema
+
+    text = json.dumps(sweep_schema(), indent=2, ensure_ascii=False) + "\n"
     if output is None:
         typer.echo(text, nl=False)
     else:

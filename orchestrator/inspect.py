@@ -44,11 +44,17 @@ def plan(
         for trial in trials if only_difference and title != "over" else ():
             print(f"  {trial.trial_id} {trial.name}")
     print(f"no longer planned: {len(difference.removed)}")
-    for line in estimate.described(cost):
-        print(line)
+    print(_costs(cost))
     print(plans.detectable(len(asked.seeds)))
     for note in (*planned.notes, *filter(None, [spec.unsupported(asked)])):
         print(f"note: {note}")
+
+
+def _costs(cost: estimate.Cost) -> str:
+    hours = f"{cost.gpu_hours:,.2f} GPU-hours and {cost.cpu_core_hours:,.2f} CPU-core-hours"
+    disk, memory = cost.checkpoint_bytes / 1e9, cost.memory_bytes / 1e9
+    size = f"{disk:,.2f} GB of checkpoints, {memory:,.2f} GB of memory for the largest trial"
+    return f"estimate: {hours}, {size}\nassumed: {cost.assumed}"
 
 
 def status(sweep: str | None, storage: Path, state: Path, *, failures: bool) -> None:

@@ -140,7 +140,8 @@ def interval_half_width(num_seeds: int) -> float | None:
         quantile = _T_975[degrees - 1]
     else:
         z = _Z_975
-        quantile = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+        terms = (z**3 + z, 5 * z**5 + 16 * z**3 + 3 * z, 3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z)
+        quantile = z + terms[0] / (4 * degrees) + terms[1] / (96 * degrees**2) + terms[2] / (384 * degrees**3)
     return quantile / math.sqrt(num_seeds)
 
 

@@ -125,9 +125,12 @@ def _simple_parts(draft: Draft) -> Sweep:
 
 
 def _report_repeated_seeds(draft: Draft, seeds: Any) -> None:
+    seen: set[int] = set()
     for index, seed in enumerate(seeds if isinstance(seeds, list) else []):
-        if type(seed) is int and seed in seeds[:index]:
+        if type(seed) is int and seed in seen:
             draft.report(("seeds", index), f"seeds has {seed} twice")
+        elif type(seed) is int:
+            seen.add(seed)
 
 
 def _effective_name(draft: Draft, given: str, name: str | None) -> str:

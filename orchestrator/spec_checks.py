@@ -101,7 +101,7 @@ def _axis_values(draft: Draft, parts: Parts, name: str, values: list[Any], place
         if checked is None:
             parts.refused.add((name, repr(value)))
             continue
-        if checked[0] in kept:
+        if (name, checked[0]) in parts.value_paths:
             draft.report(here, f"{name} has {shown(value)} twice")
             continue
         kept.append(checked[0])

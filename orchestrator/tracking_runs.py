@@ -91,7 +91,7 @@ class Runs:
                 continue
             if run.tags.get("mlflow.parentRunId") != self.parent_id:
                 self._store.log_texts(run.run_id, params={}, tags={"mlflow.parentRunId": self.parent_id})
-            if False:
+            if run.status == "RUNNING" and not running:
                 over = row is not None and row.state in STATUSES and row.state != "running"
                 status = row.state if row is not None and over else "interrupted"
                 self._store.log_texts(run.run_id, params={}, tags={"status": status})

@@ -23,9 +23,8 @@ HEAD_CPUS = 0.01  # what the thin trial itself takes of the trial's CPUs
 Event = dict[str, Any]
 
 
-@ray.remote
 class Rank:
-    """A warm process that runs attempts one after another."""
+    """A warm process (a Ray actor) that runs attempts one after another."""
 
     def run(self, job: Mapping[str, Any], number: int) -> Iterator[list[Event]]:
         """Events of one attempt as they come, in lists; the last event is `ended`."""
@@ -50,14 +49,14 @@ def _attempt(job: Job, number: int, events: queue.SimpleQueue[Event]) -> None:
     events.put({"kind": "ended", "attempt": number, "outcome": outcome.to_json()})
 
 
-class ThinTrial(tune.Trainable):  # type: ignore[misc] # Ray is untyped here
+class ThinTrial(tune.Trainable):
     """Holds a trial's place in the cluster, keeps its rank process, and hands on what that yields.
 
     Each `step` returns the events since the last one. A rank that dies is replaced here, without Tune noticing, as
     long as attempts get further.
     """
 
-    def setup(self, config: dict[str, Any], jobs: Mapping[str, Job]) -> None:
+    def setup(self, config: dict[str, Any], jobs: Mapping[str, Job]) -> None:  # type: ignore[override] # tune.with_parameters
         self._jobs = jobs
         self._rank: Any = None
         self._begin(config)
@@ -121,9 +120,11 @@ class ThinTrial(tune.Trainable):  # type: ignore[misc] # Ray is untyped here
         assert group is not None, "a trial runs inside its placement group"
         bundle = group.bundle_specs[1]
         place = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=1)
-        return Rank.options(
-            num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=place, max_restarts=0
-        ).remote()
+        return (
+            ray.remote(Rank)
+            .options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=place)
+            .remote()
+        )
 
     def cleanup(self) -> None:
         if self._rank is not None:

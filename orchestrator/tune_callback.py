@@ -15,7 +15,7 @@ from ray.tune import Callback, Stopper
 log = logging.getLogger(__name__)
 
 
-class Events(Callback):  # type: ignore[misc] # Ray is untyped here
+class Events(Callback):
     """Forwards (trial id, event). A handler that raises is logged: an exception here would end the whole sweep."""
 
     def __init__(self, handle: Callable[[str, Mapping[str, Any]], None] = lambda _trial_id, _event: None) -> None:
@@ -45,7 +45,7 @@ class Events(Callback):  # type: ignore[misc] # Ray is untyped here
             log.exception("an event of trial %s could not be recorded: %s", trial_id, event.get("kind"))
 
 
-class DriverStops(Stopper):  # type: ignore[misc] # Ray is untyped here
+class DriverStops(Stopper):
     """Ends the experiment when the driver wants to leave; single trials end by themselves."""
 
     def __init__(self, should_stop: Callable[[], bool] = lambda: False) -> None:

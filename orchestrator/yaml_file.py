@@ -17,7 +17,7 @@ import yaml
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
-MAX_NODES = 10_000  # keys, values and containers, aliases counted as often as they are used
+MAX_NODES = 5_000  # keys, values and containers, aliases counted as often as they are used
 MAX_NUMBER_LENGTH = 64  # characters of a number
 
 _INTEGER = re.compile(r"[-+]?[0-9]+")

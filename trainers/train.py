@@ -163,7 +163,7 @@ class _Training:
                 with self._autocast():
                     losses = self.method.losses(views, progress)
             total = torch.stack(list(losses.values())).sum() / parts
-            self.scaler.scale(total).backward()
+            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
             for name, loss in {"loss": total * parts, **(losses if len(losses) > 1 else {})}.items():
                 self._loss_sums[name] = self._loss_sums.get(name, 0.0) + loss.detach() / parts
         self.scaler.unscale_(self.optimizer)

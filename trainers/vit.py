@@ -118,7 +118,7 @@ class ViT(VisionTransformer):
         assert self.cls_token is not None  # this class always builds one
         tokens = [(self.cls_token + position[:, :1]).expand(batch, -1, -1)]
         if self.num_registers:
-            tokens.append(self.reg_token.expand(batch, -1, -1))
+            tokens.append(cast(Tensor, self.reg_token).expand(batch, -1, -1))
         tokens.append(patches_BhwD.reshape(batch, height * width, dim) + position[:, 1:])
         return torch.cat(tokens, dim=1)
 

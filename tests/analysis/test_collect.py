@@ -6,6 +6,7 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -106,6 +107,18 @@ def test_absent_statistics_are_null(tmp_path: Path) -> None:
     assert frames.token_norms.schema == TOKEN_NORMS
     assert frames.token_norms["kurtosis"].null_count == frames.token_norms.num_rows > 0
     assert set(frames.token_norms["trial_id"].to_pylist()) == {"id-0-0"}
+
+
+def test_rows_are_sorted_however_a_file_has_them(tmp_path: Path) -> None:
+    folder = publish(tmp_path / "s", registers_sweep(counts=(4,), seeds=(0,)))
+    whole = collect(folder)
+    for name in ("metrics", "token_norms"):
+        path = folder / "trials" / "id-4-0" / f"{name}.parquet"
+        table = pq.read_table(path)
+        pq.write_table(table.take(np.random.default_rng(0).permutation(table.num_rows)), path)
+    shuffled = collect(folder)
+    assert shuffled.metrics.equals(whole.metrics)
+    assert shuffled.token_norms.equals(whole.token_norms)
 
 
 @pytest.mark.parametrize(

@@ -153,13 +153,14 @@ class TestOverrides:
         assert sweep.name == "full"
 
 
-class TestSchema:
-    @pytest.fixture(scope="class")
-    def validator(self) -> Any:
-        schema = sweep_schema()
-        jsonschema.Draft202012Validator.check_schema(schema)
-        return jsonschema.Draft202012Validator(schema)
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    schema = sweep_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
 
+
+class TestSchema:
     @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
     def test_the_sweeps_of_the_project_pass(self, validator: Any, path: Path) -> None:
         assert [error.message for error in validator.iter_errors(read(path).root.plain())] == []
@@ -204,9 +205,5 @@ class TestSchema:
         assert not validator.is_valid({**right, **wrong})
 
     def test_a_part_of_ones_own_passes(self, validator: Any) -> None:
-        own = {
-            "name": "x",
-            "axes": {"method": ["deit3", "my.package:Method"]},
-            "trial": {"data": {"train": "a.b:build"}},
-        }
-        assert validator.is_valid(own)
+        axes = {"method": ["deit3", "my.package:Method"]}
+        assert validator.is_valid({"name": "x", "axes": axes, "trial": {"data": {"train": "a.b:build"}}})

@@ -217,6 +217,9 @@ def test_resized_boxes_equal_those_of_torchvisions_random_resized_crop() -> None
     for column, name in enumerate(("top", "left", "height", "width")):
         expected = np.array([p[name] for p in drawn], dtype=float)
         assert stats.ks_2samp(box[:, column].numpy(), expected).pvalue > 0.01
+    ratios = [np.array([p["width"] / p["height"] for p in drawn]), (box[:, 3] / box[:, 2]).numpy()]
+    for quantile in (0.001, 0.05, 0.5, 0.95, 0.999):  # the ends: 3/4 and 4/3
+        assert np.quantile(ratios[0], quantile) == pytest.approx(np.quantile(ratios[1], quantile), rel=0.03)
     # A box is drawn anew until it fits: without that, 14 % of the boxes would be the whole image.
     whole = float((box[:, 2:] == 96).all(dim=1).float().mean())
     assert whole == pytest.approx(np.mean([p["height"] == p["width"] == 96 for p in drawn]), abs=0.01)

@@ -50,8 +50,8 @@ class TestIdentity:
     def test_defaults_presets_and_auto_are_expanded(self) -> None:
         spelled = {**SETTINGS, "precision": "fp32", "optim.warmup_steps": 30, "model.image_size": 32, "preset": "short"}
         assert trial_id(resolve(spelled)) == trial_id(resolve(SETTINGS))
-        recipe = {key: value for key, value in presets.PRESETS["deit3"]["imagenet21k"].items()}
-        assert trial_id(resolve({**recipe})) == trial_id(resolve({"preset": "imagenet21k"}))
+        recipe = presets.PRESETS["deit3"]["imagenet21k"]
+        assert trial_id(resolve(recipe)) == trial_id(resolve({"preset": "imagenet21k"}))
 
     def test_how_a_trial_is_executed_is_no_part_of_it(self) -> None:
         other = {
@@ -130,7 +130,8 @@ class TestResolving:
 class TestMessages:
     def test_everything_wrong_is_said_at_once(self) -> None:
         assert faults({"model.num_registers": 17, "optim.lr": float("nan"), "method": "deit4"}) == [
-            "method is 'deit4', which does not exist; did you mean deit3?; allowed: deit3, package.module:Class of your own",
+            "method is 'deit4', which does not exist; did you mean deit3?; allowed: deit3, "
+            "package.module:Class of your own",
             "model.num_registers is 17; allowed: a whole number from 0 to 16",
             "optim.lr is .nan; allowed: a number above 0, at most 10",
         ]

@@ -106,6 +106,26 @@ def test_otsu_misses_overlapping_and_very_rare_modes() -> None:
     assert outliers.rule3_fraction(rare[None])[0] == pytest.approx(0.001, rel=0.02)  # which rule 3 sees
 
 
+def test_otsu_needs_a_valley_and_not_only_distant_classes() -> None:
+    rng = np.random.default_rng(4)
+    merged = rng.lognormal(3, 0.45, 20_000) * np.where(rng.random(20_000) < 0.5, 3.0, 1.0)  # valley 0.9 of the modes
+    assert _otsu(merged) is None
+    assert _otsu(np.exp(rng.uniform(1, 6, 20_000))) is None
+    apart = rng.lognormal(3, 0.25, 20_000) * np.where(rng.random(20_000) < 0.5, 4.0, 1.0)
+    assert _otsu(apart) == pytest.approx(np.exp(3) * 2, rel=0.05)
+
+
+def test_otsu_does_not_take_the_noise_of_few_norms_for_modes() -> None:
+    for seed in range(10):
+        assert _otsu(np.random.default_rng(seed).uniform(10, 40, 256)) is None
+
+
+def test_split_and_ashman_by_hand() -> None:
+    # Classes {0, 1} and {5, 6}: means 0.5 and 5.5, standard deviations 0.5, D = √2 · 5 / √0.5 = 10.
+    split, ashman = outliers._otsu_split(np.array([1.0, 1, 0, 0, 0, 1, 1]), np.arange(7.0))
+    assert (split, ashman) == (2, pytest.approx(10.0))
+
+
 def test_otsu_minimises_the_variance_within_classes() -> None:
     rng = np.random.default_rng(5)
     norms = np.concatenate([rng.lognormal(2, 0.3, 3_000), rng.lognormal(4.2, 0.4, 1_500)])

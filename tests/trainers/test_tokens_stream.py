@@ -119,6 +119,18 @@ def test_equal_norms_have_no_kurtosis() -> None:
     assert patch.median == pytest.approx(19.3, rel=0.005)
 
 
+@pytest.mark.parametrize(("spread", "kept"), [(0.05, True), (0.002, False)])
+def test_kurtosis_where_the_sums_hold_enough_digits_and_null_elsewhere(spread: float, kept: bool) -> None:
+    values = torch.from_numpy(np.random.default_rng(0).normal(20, spread, (200, 1, 32, 17))).float()
+    stream = TrainingStream(1, 0)
+    for batch in values:
+        stream.update(batch)
+    _, patch = (row.statistics for row in stream.drain(**KEYS))
+    (exact,) = norms.describe(values[:, :, :, 1:].reshape(1, -1).numpy())
+    assert exact.kurtosis == pytest.approx(3, abs=0.05)
+    assert patch.kurtosis == (pytest.approx(exact.kurtosis, rel=1e-3) if kept else None)
+
+
 def test_batches_may_differ_in_resolution() -> None:
     stream = TrainingStream(LAYERS, REGISTERS)
     stream.update(_norms(0, patches=64))

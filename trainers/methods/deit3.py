@@ -74,7 +74,7 @@ class DeiT3(Method):
             mixed = (mixed > 0.0).float()
         return mixed * (1.0 - self.settings.smoothing) + self.settings.smoothing / self.num_classes
 
-    def losses(self, views: Views, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002 - nothing is scheduled
+    def losses(self, views: Views, progress: Progress) -> dict[str, Tensor]:
         """`classification`: mean over images (and, for `bce`, over classes)."""
         cls_BD = self.backbone.tokens(views["images"]).cls_BD  # type: ignore[operator]
         if cls_BD is None:

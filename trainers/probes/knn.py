@@ -60,7 +60,7 @@ def predictions(
 
 
 @torch.no_grad()
-def fit(train: Features, settings: KnnConfig, streams: Streams, num_classes: int) -> KnnProbe:  # noqa: ARG001
+def fit(train: Features, settings: KnnConfig, streams: Streams, num_classes: int) -> KnnProbe:
     """Nothing is learnt or drawn: the training features, normalised."""
     ks = tuple(k for k in settings.k if k <= len(train))
     return KnnProbe(_unit(train), train.classes, ks, settings.temperature, num_classes)
