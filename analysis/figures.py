@@ -133,7 +133,7 @@ def norms_by_layer(bands: Sequence[LayerBand]) -> Drawn:
         figure.supxlabel("layer (0 is what enters the first block)", fontsize=9)
         figure.supylabel("L2 norm of a token", fontsize=9)
         handles, labels = _legend_of(list(grid[: len(shown)]))
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+        figure.legend(handles, labels, loc="outside upper center", ncols=2 * columns, fontsize=8)
         png, svg = _render(figure)
     caption = (
         "Norms of patch tokens on the probe images at the last step, by layer and before the final norm. Quantiles are "
@@ -183,7 +183,9 @@ def _draw_series(axes: Axes, points: Sequence[Point], xs: Sequence[Any], kind: U
     place = {repr(x): position + shift for position, x in enumerate(xs)}
     for seed in sorted({point.seed for point in points}):
         own = sorted((place[repr(p.x)], p.value * kind.scale) for p in points if p.seed == seed)
-        axes.plot(*zip(*own, strict=True), color=colour, linewidth=0.7, alpha=0.45, marker=marker, markersize=3)
+        axes.plot(
+            *zip(*own, strict=True), color=colour, linewidth=0.7, alpha=0.45, marker=marker, markersize=3, clip_on=False
+        )
     means = []
     for x in xs:
         values = [point.value for point in points if repr(point.x) == repr(x)]
@@ -196,6 +198,7 @@ def _draw_series(axes: Axes, points: Sequence[Point], xs: Sequence[Any], kind: U
         heights,
         label=label,
         zorder=3,
+        clip_on=False,  # a mean of 0 lies on the axis
         color=colour,
         linewidth=1.8,
         marker=marker,

@@ -29,7 +29,7 @@ def publish(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
         hidden.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            pass
+            hidden.unlink()
     sync_folder(path.parent)
     return path
 

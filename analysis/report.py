@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from analysis.tables import Scores
 from analysis.terminal import shown_metrics
 
 _MOST_ROWS = 2_000  # of exploratory metrics; all of them stand in tables/ablation.parquet
+_PX_PER_DOT = 0.72  # pictures have 160 dots per inch
 _MOST_NAMED = 6  # cells named one by one in a warning
 _KEY_SETTINGS = (
     *("method", "model.size", "model.patch_size", "model.image_size", "model.num_registers", "model.reg_init_std"),
@@ -69,7 +71,7 @@ def render(
         main=main,
         others=others[:_MOST_ROWS],
         others_left_out=max(0, len(others) - _MOST_ROWS),
-        pictures=[{**vars(d), "uri": _data_uri(d.png), "broad": d.name.startswith("norm")} for d in drawn],
+        pictures=[_picture(d) for d in drawn],
         warnings=_warnings(main),
         problems=problems,
         key_settings=_key_settings(runs),
@@ -84,8 +86,16 @@ def render(
     )
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+def _picture(drawn: Drawn) -> dict[str, Any]:
+    """A picture with its bytes in the address, and the size in px at which its letters are as large as the page's."""
+    width, height = struct.unpack(">II", drawn.png[16:24])  # of the PNG's header
+    return {
+        **vars(drawn),
+        "uri": f"data:image/png;base64,{base64.b64encode(drawn.png).decode('ascii')}",
+        "width": round(width * _PX_PER_DOT),
+        "height": round(height * _PX_PER_DOT),
+        "broad": drawn.name.startswith("norm"),
+    }
 
 
 def _statuses(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:

@@ -189,9 +189,7 @@ class _Run:
 
         uri = self.options.tracking_uri or default_tracking_uri(self.layout.state)
         key = str(self.layout.storage)
-        sink = Sink(
-            self.ledger, uri, self.asked.name, key, state=self.layout.state, description=self.asked.question
-        )
+        sink = Sink(self.ledger, uri, self.asked.name, key, state=self.layout.state, description=self.asked.question)
         sink.start()
         lacking = 0
         try:

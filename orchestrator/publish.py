@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow")
 
 
 def provenance() -> dict[str, Any]:
-    """Git commit of the working folder (null outside a repository; "+" marks local changes) and package versions."""
+    """Git commit of this code (null where it is installed outside a repository; "+" marks changes), and versions."""
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
     return {"git_commit": _git_commit(), "versions": versions}
 
@@ -39,7 +39,8 @@ def _git_commit() -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=True)
+    here = Path(__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()
 
 
@@ -66,9 +67,7 @@ def _publish_files(source: Path, target: Path) -> None:
     sync_folder(target)
 
 
-def result(
-    row: TrialRow, attempt: int, outcome: Outcome, provenance: Mapping[str, Any], gpus: float
-) -> dict[str, Any]:
+def result(row: TrialRow, attempt: int, outcome: Outcome, provenance: Mapping[str, Any], gpus: float) -> dict[str, Any]:
     """The content of result.json; `seconds` are those of the accepted attempt."""
     started = datetime.datetime.fromtimestamp((row.started_ms or 0) / 1000, tz=datetime.UTC)
     return {

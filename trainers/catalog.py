@@ -57,9 +57,7 @@ MODEL_SIZES = {
 }
 
 METHODS = {
-    "deit3": MethodEntry(
-        build="trainers.methods.deit3:DeiT3", needs=("classes",), weights="raw", section="deit3"
-    ),
+    "deit3": MethodEntry(build="trainers.methods.deit3:DeiT3", needs=("classes",), weights="raw", section="deit3"),
 }
 
 DATASETS = {

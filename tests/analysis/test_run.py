@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from analysis import publish as publishing
-from analysis.answer import answer
+from analysis.answer import answer, supported
 from analysis.cells import cells, varying
 from analysis.collect import collect
 from analysis.run import Analysis, analyse
@@ -149,6 +149,23 @@ def test_the_answer_claims_what_intervals_support(tmp_path: Path) -> None:
     )
     assert "the data cannot tell (95 % intervals span [−" in said
     assert "outlier fraction (last layer) is lower with num_registers = 1, 2, 4 by 1.07 to 3.07 points" in said
+
+
+@pytest.mark.parametrize(
+    ("p_adjusted", "low", "high", "claimed"),
+    [
+        (0.04, 0.1, 0.3, True),
+        (0.04, -0.3, -0.1, True),
+        (0.06, 0.1, 0.3, False),
+        (0.04, -0.1, 0.3, False),
+        (None, 0.1, 0.1, False),
+    ],
+)
+def test_a_claim_needs_both_the_corrected_p_and_the_interval(
+    p_adjusted: float | None, low: float, high: float, claimed: bool
+) -> None:
+    row = {"p_adjusted": p_adjusted, "p_value": 0.01, "delta_low": low, "delta_high": high}
+    assert supported(row) == claimed
 
 
 def test_the_answer_may_be_that_it_cannot_tell(tmp_path: Path) -> None:

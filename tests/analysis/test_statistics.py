@@ -99,6 +99,12 @@ def test_pooling_needs_something_to_pool() -> None:
         statistics.pooled_dunnett({"a": {0: 1.0, 1: 2.0}, "b": {0: 2.0, 1: 3.0}}, "a")
 
 
+def covers_zero(difference: statistics.Difference) -> bool:
+    assert difference.low is not None
+    assert difference.high is not None
+    return difference.low <= 0 <= difference.high
+
+
 def test_intervals_cover(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nominal 95 % over 1,500 null sweeps of 6 cells and 3 seeds: single for paired t, simultaneous for Dunnett."""
     critical = statistics.dunnett_critical(5, 10)  # once, as it is the same for all draws
@@ -110,8 +116,8 @@ def test_intervals_cover(monkeypatch: pytest.MonkeyPatch) -> None:
         values = random.normal(size=(6, 3)) + random.normal(size=3)
         cells = {name: dict(enumerate(row)) for name, row in enumerate(values)}
         paired = statistics.paired_t(cells[1], cells[0])
-        single += paired.low <= 0 <= paired.high
-        simultaneous += all(d.low <= 0 <= d.high for d in statistics.pooled_dunnett(cells, 0).values())
+        single += covers_zero(paired)
+        simultaneous += all(map(covers_zero, statistics.pooled_dunnett(cells, 0).values()))
     # Four binomial standard errors at 95 % are 0.0225.
     assert single / draws == pytest.approx(0.95, abs=0.0225)
     assert simultaneous / draws == pytest.approx(0.95, abs=0.0225)

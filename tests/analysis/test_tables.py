@@ -53,11 +53,16 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
 
 
 def test_p_values_are_corrected_over_all_primary_rows_only(tmp_path: Path) -> None:
-    rows = table_of(tmp_path / "s", registers_sweep()).to_pylist()
+    trials = registers_sweep()
+    for number, trial in enumerate(trials):
+        trial.scores["val/knn/top1"] = 0.5 + 0.01 * (number * number % 7)
+    rows = table_of(tmp_path / "s", trials).to_pylist()
     primary = [row for row in rows if row["primary"] and row["p_value"] is not None]
     assert len(primary) == 5  # 3 cells × 2 metrics less one without variance
     smallest = min(primary, key=lambda row: row["p_value"])
     assert smallest["p_adjusted"] == pytest.approx(5 * smallest["p_value"])
+    exploratory = [row for row in rows if not row["primary"] and row["p_value"] is not None]
+    assert len(exploratory) == 3
     assert all(row["p_adjusted"] is None for row in rows if not row["primary"] or row["p_value"] is None)
 
 

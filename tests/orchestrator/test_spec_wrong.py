@@ -176,6 +176,10 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         edited(BASELINE, "baseline: {model.num_registers: 1}"),
         [(7, "baseline names model.num_registers 1, a value that its axis lacks; it has 0, 4")],
     ),
+    "number for true": (
+        edited(AXIS, f"{AXIS}  deit3.flip: [true, false]\n").replace(BASELINE, "baseline: {deit3.flip: 1}"),
+        [(8, "baseline names deit3.flip 1, a value that its axis lacks; it has true, false")],
+    ),
     "metric without a probe": (
         edited(PRIMARY, "primary: [test/lineer/top1]"),
         [(8, "primary has test/lineer/top1, and there is no probe lineer; did you mean linear?")],
