@@ -17,11 +17,12 @@ from typing import Any
 
 from orchestrator import estimate, local, publish, recorder, spec
 from orchestrator.attempt import TRAIN, Job
-from orchestrator.layout import SweepLayout, write_whole
+from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, PlannedTrial, build_plan
 from orchestrator.progress import Screen
 from orchestrator.recorder import Recorder
+from trainers.files import write_whole
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.attempt import Outcome
-from orchestrator.layout import TrialLayout, sync_folder, write_whole
+from orchestrator.layout import TrialLayout
 from orchestrator.ledger import Ledger, TrialRow
+from trainers.files import sync_folder, write_whole
 
 _RECORDS = ("token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz")
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow")

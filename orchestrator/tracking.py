@@ -10,12 +10,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from orchestrator.layout import write_whole
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import Delivery
 from orchestrator.tracking_records import STATUSES, check_tracking_uri, redact, status_tags, ui_command
 from orchestrator.tracking_runs import Runs
 from orchestrator.tracking_store import MAX_METRICS, Gone, Refused, Store, Unavailable, environment
+from trainers.files import write_whole
 
 __all__ = ["Sink", "Unavailable", "default_tracking_uri", "prepare_store", "ui_command"]
 

@@ -1,4 +1,4 @@
-"""The bridge from an attempt to `trainers.train`: a job in, an outcome out; torch is imported here and nowhere above."""
+"""The bridge from an attempt to `trainers.train`: a job in, an outcome out; above it nothing imports torch."""
 
 from __future__ import annotations
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainers.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -49,21 +50,6 @@ def load_newest(directories: Iterable[Path]) -> dict[str, Any] | None:
         log.warning("checkpoint %s is damaged; it is set aside and the one before is used", path)
         path.rename(path.with_name(path.name + DAMAGED))
     return None
-
-
-def write_whole(path: Path, payload: bytes | memoryview) -> None:
-    """Write a file under a hidden name, sync it, rename it to `path` and sync the folder."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with hidden.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    hidden.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _is_whole(path: Path, payload: bytes) -> bool:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from trainers import catalog, probes, vit
 from trainers.augment import evaluation_view
-from trainers.checkpoint import write_whole
 from trainers.config import EvaluationConfig, TrialConfig, trial_id
 from trainers.data import DataSet, Split
+from trainers.files import write_whole
 from trainers.probes.features import Features, evaluating, extract, training_subset
 from trainers.streams import Streams
 from trainers.tokens.norms import NormRow, last_layer_metrics, probe_rows

@@ -21,6 +21,7 @@ import numpy as np
 from trainers import catalog
 from trainers.data import SPLITS, DataSet, Progress, Split
 from trainers.data.rows import Array, RowStream, Texts
+from trainers.files import sync_folder
 
 FORMAT = 1  # of the folders; part of their names
 META = "meta.json"
@@ -175,15 +176,6 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             on_wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _built(source: Source, folder: Path, progress: Progress) -> DataSet:

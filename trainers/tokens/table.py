@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from trainers.files import write_whole
 from trainers.tokens.norms import NormRow, NormStatistics
 
 KEYS = ("trial_id", "step", "layer", "token", "source", "weights")
@@ -90,20 +91,9 @@ def _row(record: dict[str, object]) -> NormRow:
 
 def write(rows: Iterable[NormRow], path: Path) -> None:
     """Publish rows as a parquet file at `path`, by rename; the same rows give the same bytes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(to_table(rows), file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    buffer = io.BytesIO()
+    pq.write_table(to_table(rows), buffer, compression="zstd")
+    write_whole(path, buffer.getbuffer())
 
 
 def read(path: Path) -> list[NormRow]:
