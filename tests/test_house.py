@@ -28,6 +28,7 @@ PLANNING = {
     "trainers.explain",
     "trainers.settings",
     "trainers.presets",
+    "trainers.files",
 }
 
 

@@ -1,0 +1,137 @@
+"""The orchestrator's own path for a plan of trials, one at a time, held up between two trials for the other side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator import publish, run, spec
+from orchestrator.attempt import Job
+from orchestrator.layout import SweepLayout
+from orchestrator.ledger import Ledger
+from orchestrator.plan import PlannedTrial, build_plan
+from orchestrator.recorder import Recorder
+from orchestrator.tracking import Sink, default_tracking_uri
+
+CPUS = 0.5  # of a trial, logical: leaves room for another side on a machine of one core
+FLUSH_SECONDS = 30.0
+
+Between = Callable[[PlannedTrial, float], None]  # the trial that has just ended, and its seconds
+
+
+def sweep(
+    ray: Any,
+    folder: Path,
+    trial: Mapping[str, Any],
+    seeds: Sequence[int],
+    between: Between,
+    *,
+    train: str | None = None,
+    flush_every: int = 1,
+) -> None:
+    """Run one trial per seed with Ray Tune, ledger, published files and MLflow sink, as the driver does.
+
+    After each trial `between` is called with its seconds: from the moment when the call before returned until the
+    trial's end was recorded and published. While `between` works, Tune waits and all rank processes are idle. Before
+    every `flush_every`-th call, what MLflow still lacks is delivered; the processor seconds that this takes are added
+    to the trial's, though in a real sweep it goes on beside the next trial.
+
+    Raises:
+        RuntimeError: a trial did not finish.
+    """
+    layout = SweepLayout(folder / "runs", folder / "runs", "benchmark")
+    plan = _plan(folder, trial, seeds)
+    layout.ledger.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger.open(layout.ledger))
+        ledger.plan(plan)
+        sink = Sink(ledger, default_tracking_uri(layout.state), "benchmark", "benchmark", state=layout.state)
+        sink.start()
+        stack.callback(sink.close, FLUSH_SECONDS)
+        recorder = Recorder(ledger, layout, publish.provenance(), {}, sink.notify)
+        turns = _Turns(recorder, sink, {planned.trial_id: planned for planned in plan}, between)
+        turns.flush_every = flush_every
+        jobs = [_job(planned, layout, folder / "cache", train) for planned in plan]
+        requests = {job.trial_id: run.Request(CPUS, 0.0) for job in jobs}
+        run.run(ray, jobs, requests, turns.handle, turns.broken, max_concurrent=1)
+        turns.check(len(plan))
+
+
+def _plan(folder: Path, trial: Mapping[str, Any], seeds: Sequence[int]) -> Sequence[PlannedTrial]:
+    file = folder / "benchmark.yaml"
+    content = {
+        "name": "benchmark",
+        "question": "What does a sweep cost?",
+        "trial": dict(trial),
+        "axes": {"model.num_registers": [4]},
+        "seeds": list(seeds),
+        "primary": ["test/linear/top1"],
+        "resources": {"cpus": 1},
+    }
+    file.write_text(yaml.safe_dump(content))
+    return build_plan(spec.read_sweep(file)).trials
+
+
+def _job(planned: PlannedTrial, layout: SweepLayout, cache: Path, train: str | None) -> Job:
+    return Job(
+        trial_id=planned.trial_id,
+        name=planned.name,
+        config=planned.config.model_dump(mode="json"),
+        folder=str(layout.trial(planned.trial_id).root),
+        cache=str(cache),
+        stop_file=str(layout.root / ".stop"),
+        threads=1,
+        **({} if train is None else {"train": train}),
+    )
+
+
+class _Turns:
+    """The handler of events: records as the driver does, then lets the other side work.
+
+    Tune's callback logs what its handler raises, so errors are kept here and stop the sweep.
+    """
+
+    def __init__(self, recorder: Recorder, sink: Sink, plan: Mapping[str, PlannedTrial], between: Between) -> None:
+        self._recorder, self._sink, self._plan, self._between = recorder, sink, plan, between
+        self._since = time.perf_counter()
+        self._done = 0
+        self.flush_every = 1
+        self._error: BaseException | None = None
+
+    def handle(self, trial_id: str, event: Mapping[str, Any]) -> None:
+        try:
+            self._recorder.handle(trial_id, event)
+            if event["kind"] in ("started", "report"):
+                return
+            if event["kind"] != "ended" or event["outcome"]["status"] != "finished":
+                raise RuntimeError(f"trial {trial_id} did not finish: {event}")
+            seconds = time.perf_counter() - self._since
+            self._done += 1
+            if self._done % self.flush_every == 0:
+                seconds += self._flush()
+            self._between(self._plan[trial_id], seconds)
+        except Exception as error:
+            self._error = error
+            raise
+        finally:
+            self._since = time.perf_counter() if event["kind"] == "ended" else self._since
+
+    def _flush(self) -> float:
+        before = time.process_time()
+        if lacking := self._sink.flush(FLUSH_SECONDS):
+            raise RuntimeError(f"MLflow lacks {lacking} records after {FLUSH_SECONDS:.0f} s")
+        return time.process_time() - before
+
+    def broken(self) -> bool:
+        return self._error is not None
+
+    def check(self, wanted: int) -> None:
+        if self._error is not None:
+            raise RuntimeError("the sweep broke") from self._error
+        if self._done != wanted:
+            raise RuntimeError(f"{self._done} of {wanted} trials finished")
