@@ -19,6 +19,7 @@ from trainers.config import TrialConfig
 
 SHAPE = "tiny/8 64px"
 STEPS = 3
+SECONDS = 150.0  # after which there are no more turns
 GEMM_SIDE, GEMM_SECONDS = 2_048, 0.3
 _TRAINING_STEP = 3  # forward, and backward at twice its cost
 
@@ -31,7 +32,9 @@ def measure(settings: Settings) -> Report:
         num_classes = len(decoded(config, Path(name)).class_names)
         loop = plain.Loop(config, num_classes, plain.synthetic(config, num_classes))
         sides = [lambda: loop.steps(STEPS), _seconds_per_product]
-        whole, synthetic, product = train_in_turns(config, Path(name), sides, blocks=settings.pairs, steps=STEPS)
+        whole, synthetic, product = train_in_turns(
+            config, Path(name), sides, blocks=settings.pairs, seconds=SECONDS, steps=STEPS
+        )
     flops = STEPS * config.optim.batch_size * _TRAINING_STEP * _forward_flops(config, num_classes)
     ours, plainly = [flops / s / 1e9 for s in whole], [flops / s / 1e9 for s in synthetic]
     rate = [2 * GEMM_SIDE**3 / s / 1e9 for s in product]

@@ -33,13 +33,15 @@ def sweep(
     *,
     train: str | None = None,
     flush_every: int = 1,
+    stop_after: float = 150.0,
 ) -> None:
     """Run one trial per seed with Ray Tune, ledger, published files and MLflow sink, as the driver does.
 
     After each trial `between` is called with its seconds: from the moment when the call before returned until the
     trial's end was recorded and published. While `between` works, Tune waits and all rank processes are idle. Before
     every `flush_every`-th call, what MLflow still lacks is delivered; the processor seconds that this takes are added
-    to the trial's, though in a real sweep it goes on beside the next trial.
+    to the trial's, though in a real sweep it goes on beside the next trial. No trial begins
+    once `stop_after` seconds are over, so that a busy machine gives fewer of them rather than later.
 
     Raises:
         RuntimeError: a trial did not finish.
@@ -54,11 +56,12 @@ def sweep(
         sink.start()
         stack.callback(sink.close, FLUSH_SECONDS)
         recorder = Recorder(ledger, layout, publish.provenance(), {}, sink.notify)
-        turns = _Turns(recorder, sink, {planned.trial_id: planned for planned in plan}, between)
-        turns.flush_every = flush_every
+        turns = _Turns(
+            recorder, sink, {planned.trial_id: planned for planned in plan}, between, flush_every, stop_after
+        )
         jobs = [_job(planned, layout, folder / "cache", train) for planned in plan]
         requests = {job.trial_id: run.Request(CPUS, 0.0) for job in jobs}
-        run.run(ray, jobs, requests, turns.handle, turns.broken, max_concurrent=1)
+        run.run(ray, jobs, requests, turns.handle, turns.over, max_concurrent=1)
         turns.check(len(plan))
 
 
@@ -96,11 +99,20 @@ class _Turns:
     Tune's callback logs what its handler raises, so errors are kept here and stop the sweep.
     """
 
-    def __init__(self, recorder: Recorder, sink: Sink, plan: Mapping[str, PlannedTrial], between: Between) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        sink: Sink,
+        plan: Mapping[str, PlannedTrial],
+        between: Between,
+        flush_every: int,
+        stop_after: float,
+    ) -> None:
         self._recorder, self._sink, self._plan, self._between = recorder, sink, plan, between
+        self._flush_every = flush_every
         self._since = time.perf_counter()
+        self._deadline = self._since + stop_after
         self._done = 0
-        self.flush_every = 1
         self._error: BaseException | None = None
 
     def handle(self, trial_id: str, event: Mapping[str, Any]) -> None:
@@ -112,7 +124,7 @@ class _Turns:
                 raise RuntimeError(f"trial {trial_id} did not finish: {event}")
             seconds = time.perf_counter() - self._since
             self._done += 1
-            if self._done % self.flush_every == 0:
+            if self._done % self._flush_every == 0:
                 seconds += self._flush()
             self._between(self._plan[trial_id], seconds)
         except Exception as error:
@@ -127,11 +139,15 @@ class _Turns:
             raise RuntimeError(f"MLflow lacks {lacking} records after {FLUSH_SECONDS:.0f} s")
         return time.process_time() - before
 
-    def broken(self) -> bool:
-        return self._error is not None
+    def over(self) -> bool:
+        """Whether no more trials should begin."""
+        return self._error is not None or self._late()
 
     def check(self, wanted: int) -> None:
         if self._error is not None:
             raise RuntimeError("the sweep broke") from self._error
-        if self._done != wanted:
+        if self._done != wanted and not self._late():
             raise RuntimeError(f"{self._done} of {wanted} trials finished")
+
+    def _late(self) -> bool:
+        return time.perf_counter() > self._deadline

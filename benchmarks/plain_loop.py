@@ -16,6 +16,7 @@ from benchmarks.trials import decoded, trial
 from benchmarks.turns import train_in_turns
 
 WORKERS = 2
+SECONDS = 75.0  # after which there are no more turns, per shape
 REFILL_SECONDS = 0.5  # for the workers to fill their queue and rest, so that they disturb nobody else's turn
 
 # Shape → steps per turn, which make a turn about a second.
@@ -46,7 +47,7 @@ def _shape(shape: str, settings: Settings) -> Iterator[Comparison]:
             return seconds
 
         sides = [lambda: batched.steps(steps), with_workers]
-        seconds = train_in_turns(config, Path(name), sides, blocks=settings.pairs, steps=steps)
+        seconds = train_in_turns(config, Path(name), sides, blocks=settings.pairs, seconds=SECONDS, steps=steps)
     ours, plainly, worked = ([steps * config.optim.batch_size / s for s in side] for side in seconds)
     own = f"trainers.train.train, deit3 {shape} fp32, batch {config.optim.batch_size}, whole step"
     by_batch = "hand-written loop, timm model, AdamW, torchvision v2 on whole batches (one draw per batch)"

@@ -53,7 +53,7 @@ def measure(settings: Settings) -> Report:
     comparison = Comparison("sweep overhead", sides, swept[WARM_UP:], bare[WARM_UP:], "s", Goal(1.10))
     sums = {"swept_seconds": sum(swept[WARM_UP:]), "bare_seconds": sum(bare[WARM_UP:])}
     return Report(
-        [comparison], {"trials": settings.pairs, "warm_up": WARM_UP, **{k: round(v, 2) for k, v in sums.items()}}
+        [comparison], {"trials": len(comparison.first), "warm_up": WARM_UP, **{k: round(v, 2) for k, v in sums.items()}}
     )
 
 

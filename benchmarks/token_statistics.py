@@ -25,6 +25,7 @@ from trainers.tokens.stream import TrainingStream
 # Shape → steps per turn. The steps between two probe passes are those of sweeps/num_registers.yaml.
 STEPS = {"tiny/8 64px": 2, "nano/8 64px": 8, "nano/8 32px": 20}
 PROBE_EVERY = 600
+SECONDS = 50.0  # after which there are no more turns, per shape
 REGISTERS = 4
 
 
@@ -44,7 +45,7 @@ def _shape(shape: str, settings: Settings) -> Iterator[Comparison]:
         data = decoded(config, Path(name))
         stream = _StreamSide(config, data, steps)
         sides: list[Side] = [stream, _ProbeSide(config, data)]
-        seconds = train_in_turns(config, Path(name), sides, blocks=settings.pairs, steps=steps)
+        seconds = train_in_turns(config, Path(name), sides, blocks=settings.pairs, seconds=SECONDS, steps=steps)
     without, statistics, probe = (
         [1e3 * s / n for s in side] for side, n in zip(seconds, (steps, steps, 1), strict=True)
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
+import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -55,16 +55,20 @@ def _fresh_processes(connection: Connection, address: str, trials: int, folder: 
     from ray import tune
 
     ray.init(address=address, log_to_driver=False)
-    with contextlib.suppress(EOFError):  # the measuring process has left
-        connection.recv()
-        tune.Tuner(
-            tune.with_resources(_noop, {"cpu": one_at_a_time.CPUS}),
-            tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=1, reuse_actors=False),
-            run_config=tune.RunConfig(
-                name="fresh", storage_path=folder, callbacks=[_wait(connection, trials)], verbose=0
-            ),
-        ).fit()
+    _wait_for_turn(connection)
+    tune.Tuner(
+        tune.with_resources(_noop, {"cpu": one_at_a_time.CPUS}),
+        tune_config=tune.TuneConfig(num_samples=trials, max_concurrent_trials=1, reuse_actors=False),
+        run_config=tune.RunConfig(name="fresh", storage_path=folder, callbacks=[_wait(connection, trials)], verbose=0),
+    ).fit()
     ray.shutdown()
+
+
+def _wait_for_turn(connection: Connection) -> None:
+    try:
+        connection.recv()
+    except EOFError:  # the measuring process needs no more
+        sys.exit(0)
 
 
 def _noop(config: dict[str, Any]) -> None:
@@ -93,7 +97,7 @@ def _wait(connection: Connection | None, trials: int) -> Any:
             connection.send(time.perf_counter() - self._since)
             self._left -= 1
             if self._left:
-                connection.recv()
+                _wait_for_turn(connection)
             self._since = time.perf_counter()
 
     return Wait()

@@ -16,28 +16,36 @@ Side = Callable[[], float]  # works through one block; its seconds
 
 
 def train_in_turns(
-    config: TrialConfig, folder: Path, others: Sequence[Side], *, blocks: int, steps: int, warm_up: int = 2
+    config: TrialConfig,
+    folder: Path,
+    others: Sequence[Side],
+    *,
+    blocks: int,
+    steps: int,
+    seconds: float,
+    warm_up: int = 2,
 ) -> list[list[float]]:
     """Seconds [1 + number of others][blocks] of `steps` steps of `trainers.train.train` and of each other side.
 
     Training is the real thing: it is held up where it asks, at every step, whether it should stop. A step's time so
     contains data, augmentation, forward, backward, optimiser, token statistics and all that the loop does around
-    them. One block of every other side, and `warm_up` steps of training, are not counted.
+    them. One block of every other side, and `warm_up` steps of training, are not counted. After `seconds` there are
+    no more blocks, so that a busy machine gives fewer of them rather than later.
     """
     from trainers.train import train
 
-    turns = _Turns(others, blocks, steps, warm_up)
+    turns = _Turns(others, blocks, steps, warm_up, time.perf_counter() + seconds)
     train(config, lambda _step, _metrics: None, folder / "trial", cache=folder / "cache", should_stop=turns)
-    if len(turns.rows) != blocks:
-        raise RuntimeError(f"training ended after {len(turns.rows)} of {blocks} blocks: raise optim.steps")
+    if not turns.rows:
+        raise RuntimeError(f"there was not one block in {seconds:.0f} s")
     return [list(side) for side in zip(*turns.rows, strict=True)]
 
 
 class _Turns:
     """`should_stop` of a training run: counts its steps and lets the others work between blocks."""
 
-    def __init__(self, others: Sequence[Side], blocks: int, steps: int, warm_up: int) -> None:
-        self._others, self._blocks, self._steps = others, blocks, steps
+    def __init__(self, others: Sequence[Side], blocks: int, steps: int, warm_up: int, deadline: float) -> None:
+        self._others, self._blocks, self._steps, self._deadline = others, blocks, steps, deadline
         self._left = warm_up
         self._warm = False
         self._since = 0.0
@@ -50,7 +58,7 @@ class _Turns:
             if self._warm:
                 self.rows.append(row)
             self._warm = True
-            if len(self.rows) == self._blocks:
+            if len(self.rows) == self._blocks or (self.rows and time.perf_counter() > self._deadline):
                 return "stopped"
             self._left = self._steps
             self._since = time.perf_counter()

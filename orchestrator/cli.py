@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 WRONG_INPUT = 2
+INTERRUPTED = 130
 
 Storage = Annotated[
     Path, typer.Option(envvar="ORCHESTRATE_STORAGE", help="Folder of trials, tables and reports.", show_default=True)
@@ -190,6 +191,8 @@ def main() -> Any:
     """Entry point: a user's error is one message and exit code 2, without a traceback unless --debug is given."""
     try:
         return app()
+    except KeyboardInterrupt:  # before or after training; during it, signals are the driver's
+        raise SystemExit(INTERRUPTED) from None
     except (ValueError, OSError, RuntimeError) as error:
         if "--debug" in sys.argv:
             raise

@@ -117,8 +117,7 @@ class _Run:
         self._check_data(pending)
         with self._tracking() as sink:
             if pending:
-                with _signals(self.stop):
-                    self._train(pending, sink.notify)
+                self._train(pending, sink.notify)
             self._publish_rest()
             sink.flush(TRACKING_SECONDS if self.stop.signal is None else 2.0)
             sink.publish_map(layout.mlflow_map)
@@ -206,11 +205,13 @@ class _Run:
         record = Recorder(self.ledger, self.layout, provenance, gpus, notify)
         self.screen.watch(self.ledger, record)
         if self.options.in_process:
-            local.run([self._job(t, os.cpu_count() or 1) for t in pending], record.handle, self.stop)
+            with _signals(self.stop):
+                local.run([self._job(t, os.cpu_count() or 1) for t in pending], record.handle, self.stop)
             return
         from orchestrator import run
 
-        with run.cluster(self.options.address) as ray:
+        # Signals are taken over after connecting, since Ray sets a handler of its own for SIGTERM.
+        with run.cluster(self.options.address) as ray, _signals(self.stop):
             requests = self._requests(run, run.nodes(ray), pending)
             jobs = [self._job(trial, max(1, int(requests[trial.trial_id].cpus))) for trial in pending]
             run.run(ray, jobs, requests, record.handle, lambda: self._may_leave(record), self.options.max_concurrent)
