@@ -12,6 +12,8 @@ from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from orchestrator.recorder import Live, Recorder
 
 _REFRESH_S = 0.5
@@ -29,6 +31,7 @@ class Screen:
         self._begun = time.monotonic()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self._bar: Progress | None = None
 
     def __enter__(self) -> Screen:
         return self
@@ -41,9 +44,22 @@ class Screen:
         self._console.print(text, markup=False, highlight=False)
 
     def data(self, what: str, done: int, total: int) -> None:
-        """Progress of decoding a data set."""
-        if total and (done == total or done == 0):
-            self.say(f"{what}: {done:,} of {total:,}")
+        """Progress of decoding a data set: a bar on a terminal, elsewhere its beginning and end."""
+        if not self._console.is_terminal:
+            if done in (0, total):
+                self.say(what if not total else f"{what}: {done:,} of {total:,}")
+            return
+        from rich.progress import Progress
+
+        if self._bar is None:
+            self._bar = Progress(console=self._console, transient=True)
+            self._bar.start()
+            self._bar.add_task(what, total=total or None)
+        self._bar.update(self._bar.task_ids[0], description=what, total=total or None, completed=done)
+        if total and done >= total:
+            self._bar.stop()
+            self._bar = None
+            self.say(f"{what}: {total:,}")
 
     def watch(self, ledger: Ledger, recorder: Recorder) -> None:
         """Show the state of `ledger` and the speed of `recorder`'s trials until `table` or the end."""
@@ -74,6 +90,8 @@ class Screen:
         self.say(f"MLflow UI orchestrate ui --state {layout.state}{uri}")
 
     def _finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
         self._ended.set()
         if self._thread is not None:
             self._thread.join()

@@ -82,7 +82,10 @@ def train(
     training = _Training(config, directory, cache or directory.parent / "cache")
     training.resume([*resume_from, directory / "checkpoints"], report)
     with _garbage_collector_off():
-        return training.run(report, should_stop)
+        try:
+            return training.run(report, should_stop)
+        except FloatingPointError as error:  # finite losses, but features that are not
+            return training.diverged(str(error))
 
 
 class _Training:
@@ -109,6 +112,7 @@ class _Training:
         self._loss_sums: dict[str, Tensor] = {}
         self._loss_steps = 0
         self._images, self._seconds = 0, 0.0
+        self._last_good = 0  # the last step whose loss was looked at and finite
 
     def _build_method(self) -> Method:
         name = self.config.method
@@ -128,7 +132,6 @@ class _Training:
         order = Order(len(self.data.train), config.optim.batch_size, self.streams)
         self.method.train()
         saved = looked = time.monotonic()
-        last_good = self.step
         for batch in batches(self.data.train, order, self.step, steps, self.device):
             if reason := should_stop():
                 self._save()
@@ -138,9 +141,10 @@ class _Training:
                 continue
             metrics = self._take_losses()  # the only wait for the device
             if not all(map(math.isfinite, metrics.values())):
-                return self._diverged(last_good, metrics)
-            last_good = self.step
-            self._images, self._seconds = self._images, self._seconds + time.monotonic() - looked
+                bad = ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
+                return self.diverged(f"{bad} between steps {self._last_good} and {self.step}")
+            self._last_good = self.step
+            self._seconds += time.monotonic() - looked
             if self.step in evaluate_at and self.step < steps:
                 metrics |= self._evaluate()
             self._record(report, metrics)
@@ -239,14 +243,12 @@ class _Training:
         self.evaluation.write_probes(self.history, self.directory)
         token_table.write(self.rows, self.directory / "token_norms.parquet")
 
-    def _diverged(self, last_good: int, metrics: Mapping[str, float]) -> Result:
-        """A run whose loss is no longer finite; what was recorded until then is kept."""
-        bad = ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
-        message = f"{bad} between steps {last_good} and {self.step}"
+    def diverged(self, message: str) -> Result:
+        """How a run ends whose numbers are no longer finite; what was recorded until then is kept."""
         log.warning("diverged: %s", message)
         token_table.write(self.rows, self.directory / "token_norms.parquet")
         error = {"type": "Diverged", "message": message, "traceback": ""}
-        return Result("diverged", last_good, self._speed(), self.device.type, self.data.fingerprint, error)
+        return Result("diverged", self._last_good, self._speed(), self.device.type, self.data.fingerprint, error)
 
     def _result(self, status: str) -> Result:
         return Result(status, self.step, self._speed(), self.device.type, self.data.fingerprint)
@@ -277,7 +279,7 @@ class _Training:
             return
         if state["trial_id"] != trial_id(self.config):
             raise ValueError(f"the checkpoint belongs to trial {state['trial_id']}, not to this configuration")
-        self.step = state["step"]
+        self.step = self._last_good = state["step"]
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:

@@ -1,0 +1,227 @@
+"""Attempts, retries, the recorder and the in-process executor, with real attempts of tiny functions; no torch."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from orchestrator import local, publish, recorder
+from orchestrator.attempt import Job, Outcome, Report, run_attempt
+from orchestrator.layout import SweepLayout, TrialLayout
+from orchestrator.ledger import Ledger
+from orchestrator.plan import build_plan
+from orchestrator.progress import describe, seconds_left
+from orchestrator.recorder import Live, Recorder
+from orchestrator.retry import History
+from orchestrator.spec import read_sweep
+from tests.orchestrator.sweeps import Small
+
+PROVENANCE = {"git_commit": "abc", "versions": {"torch": "0"}}
+
+Stop = Callable[[], str | None]
+
+
+def finishes(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    report(1, {"train/loss": 2.0})
+    report(2, {"train/loss": 1.0, "test/linear/top1": 0.5})
+    (layout.attempt(number) / "token_norms.parquet").write_bytes(b"rows")
+    (layout.attempt(number) / "checkpoints").mkdir()
+    return Outcome("finished", steps=2, data_fingerprint="f")
+
+
+def raises(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    raise ValueError("a setting is wrong")
+
+
+def disk_hiccups(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    report(number, {"train/loss": float(number)})
+    if number < 3:
+        raise OSError("the disk was away")
+    return finishes(job, layout, number, report, should_stop)
+
+
+def disk_is_gone(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    raise OSError("the disk is gone")
+
+
+def waits_to_be_stopped(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    layout.stop_request.touch()
+    answer = should_stop()
+    assert answer is not None
+    return Outcome(answer, steps=1)
+
+
+class Driver:
+    """A ledger, a layout and a recorder, as the driver has them, for one planned trial."""
+
+    def __init__(self, folder: Path) -> None:
+        sweep = read_sweep(Small(folder).write(axes={"model.num_registers": [0]}, seeds=[0]))
+        self.trial = build_plan(sweep).trials[0]
+        self.layout = SweepLayout(folder / "runs", folder / "runs", "small")
+        self.layout.ledger.parent.mkdir(parents=True)
+        self.ledger = Ledger.open(self.layout.ledger)
+        self.ledger.plan([self.trial])
+        self.folder = self.layout.trial(self.trial.trial_id)
+        self.recorder = Recorder(self.ledger, self.layout, PROVENANCE, {self.trial.trial_id: 0.5})
+
+    def job(self, function: str) -> Job:
+        return Job(
+            trial_id=self.trial.trial_id,
+            name=self.trial.name,
+            config=self.trial.config.model_dump(mode="json"),
+            folder=str(self.folder.root),
+            cache=str(self.layout.cache),
+            stop_file=str(self.folder.root.parent / ".stop"),
+            threads=1,
+            train=f"{__name__}:{function}",
+        )
+
+    def run(self, function: str) -> None:
+        local.run([self.job(function)], self.recorder.handle, lambda: False)
+
+    @property
+    def row(self) -> Any:
+        return self.ledger.row(self.trial.trial_id)
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Any:
+    made = Driver(tmp_path)
+    with made.ledger:
+        yield made
+
+
+def test_a_finished_trial_is_published_whole(driver: Driver) -> None:
+    driver.run("finishes")
+    result = json.loads(driver.folder.result.read_text())
+    assert (result["status"], result["attempts"], result["steps"]) == ("finished", 1, 2)
+    assert result["gpu_seconds"] == pytest.approx(result["seconds"] / 2)
+    metrics = pq.read_table(driver.folder.metrics).to_pylist()
+    assert [(m["step"], m["name"], m["value"]) for m in metrics] == [
+        (1, "train/loss", 2.0),
+        (2, "test/linear/top1", 0.5),
+        (2, "train/loss", 1.0),
+    ]
+    assert (driver.folder.root / "token_norms.parquet").read_bytes() == b"rows"
+    assert (driver.folder.root / "checkpoints").is_dir()
+    assert not (driver.folder.attempt(1) / "checkpoints").exists()
+
+
+def test_a_wrong_setting_fails_at_once_with_its_traceback(driver: Driver) -> None:
+    driver.run("raises")
+    assert (driver.row.state, driver.row.attempts) == ("failed", 1)
+    assert driver.row.error["type"] == "ValueError"
+    assert "a setting is wrong" in driver.row.error["traceback"]
+    assert "a setting is wrong" in driver.folder.log(1).read_text()
+
+
+def test_transient_errors_are_tried_again(driver: Driver) -> None:
+    driver.run("disk_hiccups")
+    assert (driver.row.state, driver.row.attempts) == ("finished", 3)
+
+
+def test_transient_errors_end_after_three_retries(driver: Driver) -> None:
+    driver.run("disk_is_gone")
+    assert (driver.row.state, driver.row.attempts) == ("failed", 4)
+
+
+def test_a_stopped_trial_is_over(driver: Driver) -> None:
+    driver.run("waits_to_be_stopped")
+    assert driver.row.state == "stopped"
+
+
+def test_a_driver_that_leaves_makes_a_trial_resumable(driver: Driver) -> None:
+    job = driver.job("waits_to_be_stopped")
+    Path(job.stop_file).parent.mkdir(parents=True, exist_ok=True)
+    Path(job.stop_file).touch()
+    number = driver.folder.begin_attempt()
+    driver.recorder.handle(job.trial_id, {"kind": "started", "attempt": number, "process": "host:1"})
+    outcome = Outcome("interrupted").to_json()
+    driver.recorder.handle(job.trial_id, {"kind": "ended", "attempt": number, "outcome": outcome})
+    assert driver.row.state == "planned"
+    assert not driver.folder.result.exists()
+
+
+def test_what_a_superseded_attempt_says_changes_nothing(driver: Driver) -> None:
+    trial = driver.trial.trial_id
+
+    def say(**event: Any) -> None:
+        driver.recorder.handle(trial, event)
+
+    for number in (1, 2):
+        driver.folder.begin_attempt()
+        say(kind="started", attempt=number, process="host:1")
+    say(kind="report", attempt=1, step=5, metrics={"train/loss": 9.0})
+    say(kind="ended", attempt=1, outcome=Outcome("finished").to_json())
+    assert (driver.row.state, driver.row.attempts) == ("running", 2)
+    assert driver.ledger.metrics(trial) == []
+
+
+def test_a_result_that_was_not_published_is_found(driver: Driver) -> None:
+    driver.run("finishes")
+    driver.folder.result.unlink()
+    layouts = {driver.trial.trial_id: driver.folder}
+    assert publish.missing(driver.ledger, layouts) == [driver.trial.trial_id]
+    publish.trial(driver.ledger, driver.folder, driver.trial.trial_id)
+    assert publish.missing(driver.ledger, layouts) == []
+
+
+def test_a_trial_that_another_sweep_finished_is_adopted(driver: Driver) -> None:
+    driver.run("finishes")
+    other = replace(driver.layout, name="other")
+    other.ledger.parent.mkdir(parents=True)
+    with Ledger.open(other.ledger) as ledger:
+        ledger.plan([driver.trial])
+        assert recorder.adopt(ledger, other, driver.trial.trial_id) == driver.folder.root
+        assert ledger.row(driver.trial.trial_id).state == "finished"
+        assert ledger.metrics(driver.trial.trial_id) == driver.ledger.metrics(driver.trial.trial_id)
+    adopted = other.trial(driver.trial.trial_id)
+    assert (adopted.root / "token_norms.parquet").read_bytes() == b"rows"
+
+
+def test_attempts_are_never_the_same_number(tmp_path: Path) -> None:
+    layout = TrialLayout(tmp_path / "trial")
+    assert [layout.begin_attempt() for _ in range(3)] == [1, 2, 3]
+    (layout.root / "attempts" / "7").mkdir()
+    assert layout.begin_attempt() == 8
+
+
+def test_an_attempt_outside_a_driver_returns_what_happened(driver: Driver) -> None:
+    number = driver.folder.begin_attempt()
+    seen: list[tuple[int, Mapping[str, float]]] = []
+    outcome = run_attempt(driver.job("finishes"), number, lambda step, metrics: seen.append((step, metrics)))
+    assert outcome.status == "finished"
+    assert [step for step, _ in seen] == [1, 2]
+    assert outcome.seconds > 0
+
+
+def test_losses_are_retried_while_attempts_get_further() -> None:
+    history = History()
+    for step in (10, 20, 30):
+        history.reached(step)
+        assert history.may_retry_loss()
+    assert history.may_retry_loss(), "one loss without progress is allowed"
+    assert not history.may_retry_loss()
+
+
+def test_a_trial_that_dies_twice_at_the_start_fails() -> None:
+    history = History()
+    assert history.may_retry_loss()
+    assert not history.may_retry_loss()
+
+
+def test_time_left_counts_what_is_running_and_what_is_planned() -> None:
+    live = [Live("a", steps=100, batch_size=10, step=50), Live("b", steps=100, batch_size=10, step=0)]
+    assert seconds_left(live, planned=2, speed=100.0) == pytest.approx((500 + 1000 + 2 * 1000) / 100)
+    assert seconds_left([], planned=2, speed=100.0) is None
+
+
+def test_the_live_line_counts_trials(driver: Driver) -> None:
+    driver.run("raises")
+    line = describe("small", driver.ledger, driver.recorder, elapsed=65)
+    assert line.startswith("small: 1/1 trials, 0 running, 1 failed")
+    assert "1:05 so far" in line
