@@ -6,6 +6,7 @@ Nothing here is shared with `trainers`, except that settings are read from the s
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -141,11 +142,13 @@ class WorkerBatches:
         assert config.deit3 is not None
         data = _PerImage(config, images, classes)
         sampler = RandomSampler(data, replacement=True, num_samples=10**9)
-        loader: DataLoader[Any] = DataLoader(
-            data, config.optim.batch_size, sampler=sampler, num_workers=num_workers, prefetch_factor=2
-        )
         self.prefetched = 2 * num_workers  # batches that wait when nobody took one for a while
-        self._batches = iter(loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores: meant
+            loader: DataLoader[Any] = DataLoader(
+                data, config.optim.batch_size, sampler=sampler, num_workers=num_workers, prefetch_factor=2
+            )
+            self._batches = iter(loader)
         self._mix = v2.CutMix(alpha=config.deit3.cutmix, num_classes=num_classes)
 
     def __iter__(self) -> Batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,8 +25,12 @@ STEPS = {"tiny/8 64px": 2, "nano/8 64px": 8}
 
 
 def measure(settings: Settings) -> Report:
-    """Whole step of `trainers.train` : plain loop, and : loop with DataLoader workers, as images/s, per shape."""
+    """Whole step of `trainers.train` : plain loop, and : loop with DataLoader workers, as images/s, per shape.
+
+    All sides have as many cores as training has threads, as trials of a sweep have that fills its machine.
+    """
     torch.set_num_threads(settings.threads)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-settings.threads :])  # workers get no cores of their own
     comparisons = [comparison for shape in STEPS for comparison in _shape(shape, settings)]
     return Report(comparisons, {"steps_per_turn": STEPS, "workers": WORKERS})
 

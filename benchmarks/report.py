@@ -17,7 +17,11 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Settings:
-    """How benchmarks run: CPU threads of training, and how many pairs are measured."""
+    """How benchmarks run: CPU threads of a training loop, and how many pairs are measured.
+
+    More than one thread tells something only on a machine that nobody else uses: a thread that has to wait for a core
+    holds up all others at the end of every operation, and a step may take twenty times as long.
+    """
 
     threads: int
     pairs: int = 10

@@ -49,7 +49,7 @@ def measure(settings: Settings) -> Report:
     sides = (
         "a trial in a sweep: end of the one before to its own end, recorded and published; Ray Tune, warm rank "
         "process, ledger, MLflow; one at a time, one thread",
-        "the same trial: trainers.train.train called in a bare loop in one process, one thread, at the niceness of Ray's workers",
+        "the same trial: trainers.train.train in a bare loop in one process, one thread, as nice as Ray's workers",
     )
     comparison = Comparison("sweep overhead", sides, swept[WARM_UP:], bare[WARM_UP:], "s", Goal(1.10))
     sums = {"swept_seconds": sum(swept[WARM_UP:]), "bare_seconds": sum(bare[WARM_UP:])}
@@ -65,7 +65,7 @@ def _bare_loop(connection: Connection, folder: str) -> None:
     from trainers.config import TrialConfig
     from trainers.train import train
 
-    os.nice(int(os.environ.get("RAY_worker_niceness", RAY_NICENESS)))
+    os.nice(RAY_NICENESS)
     torch.set_num_threads(1)
     done = iter(range(10**6))
 

@@ -1,10 +1,8 @@
-"""The thin Tune trial and its rank actor: attempts, replacement of lost ranks, and reports as they come."""
+"""The thin Tune trial: it holds a trial's place, hands on what its rank yields, and replaces ranks that are lost."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,38 +13,11 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import retry
-from orchestrator.attempt import Job, Outcome, process_name, run_attempt
+from orchestrator.attempt import Job, Outcome, process_name
 from orchestrator.layout import TrialLayout
+from orchestrator.rank import Event, Rank
 
 HEAD_CPUS = 0.01  # what the thin trial itself takes of the trial's CPUs
-
-Event = dict[str, Any]
-
-
-class Rank:
-    """A warm process (a Ray actor) that runs attempts one after another."""
-
-    def run(self, job: Mapping[str, Any], number: int) -> Iterator[list[Event]]:
-        """Events of one attempt as they come, in lists; the last event is `ended`."""
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        thread = threading.Thread(target=_attempt, args=(Job(**job), number, events), name="attempt", daemon=True)
-        thread.start()
-        over = False
-        while not over:
-            batch = [events.get()]
-            while not events.empty():
-                batch.append(events.get())
-            over = batch[-1]["kind"] == "ended"
-            yield batch
-        thread.join()
-
-
-def _attempt(job: Job, number: int, events: queue.SimpleQueue[Event]) -> None:
-    def report(step: int, metrics: Mapping[str, float]) -> None:
-        events.put({"kind": "report", "attempt": number, "step": step, "metrics": dict(metrics)})
-
-    outcome = run_attempt(job, number, report)
-    events.put({"kind": "ended", "attempt": number, "outcome": outcome.to_json()})
 
 
 class ThinTrial(tune.Trainable):
