@@ -40,6 +40,7 @@ Overrides = Annotated[
 SweepFile = Annotated[Path, typer.Argument(help="A sweep file (YAML).", metavar="FILE")]
 
 RUNS = Path("runs")
+_USER_SETTINGS = ("storage", "state", "tracking_uri")
 
 
 @app.callback()
@@ -190,6 +191,7 @@ def schema(
 def main() -> Any:
     """Entry point: a user's error is one message and exit code 2, without a traceback unless --debug is given."""
     try:
+        _read_user_settings()
         return app()
     except KeyboardInterrupt:  # before or after training; during it, signals are the driver's
         raise SystemExit(INTERRUPTED) from None
@@ -200,6 +202,32 @@ def main() -> Any:
             raise
         typer.echo(f"error: {error}" if len(str(error).splitlines()) == 1 else str(error), err=True)
         raise SystemExit(WRONG_INPUT) from None
+
+
+def _read_user_settings() -> None:
+    """Defaults of storage, state and tracking URI from the user's configuration file; the environment wins.
+
+    The file is $ORCHESTRATE_CONFIG or ~/.config/orchestrate/config.yaml, a mapping with those three names.
+
+    Raises:
+        ValueError: it is not such a mapping.
+    """
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    path = Path(os.environ.get("ORCHESTRATE_CONFIG") or Path(home) / "orchestrate" / "config.yaml")
+    if not path.is_file():
+        return
+    from orchestrator import yaml_file
+
+    try:
+        settings = yaml_file.read(path).root.plain()
+    except yaml_file.YamlError as error:
+        raise ValueError(f"{path}: {error.finding.message}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: allowed is a mapping with {', '.join(_USER_SETTINGS)}")
+    for name, value in settings.items():
+        if name not in _USER_SETTINGS or not isinstance(value, str):
+            raise ValueError(f"{path}: {name} is not allowed; allowed: {', '.join(_USER_SETTINGS)}, each a text")
+        os.environ.setdefault(f"ORCHESTRATE_{name.upper()}", value)
 
 
 def _is_ours(error: BaseException) -> bool:

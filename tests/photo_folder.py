@@ -1,6 +1,6 @@
 """An image folder of real photographs: crops of scikit-image's, one class a photograph; train and test do not overlap.
 
-    python -m tests.photo_folder DIR [CROPS]
+python -m tests.photo_folder DIR [CROPS]
 """
 
 import importlib.util

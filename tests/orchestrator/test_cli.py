@@ -1,0 +1,108 @@
+"""The command line: help, errors, defaults from environment and configuration file, the UI on loopback."""
+
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.orchestrator.sweeps import ORCHESTRATE, Small, environment, run
+
+
+def test_help_names_every_command() -> None:
+    done = run([*ORCHESTRATE, "--help"])
+    assert done.returncode == 0
+    for command in ("sweep", "plan", "status", "logs", "stop", "report", "ui", "schema"):
+        assert command in done.stdout
+
+
+def test_help_and_plan_import_nothing_heavy(tmp_path: Path) -> None:
+    Small(tmp_path).write()
+    for arguments in ("'--help'", f"'plan', {str(tmp_path / 'small.yaml')!r}"):
+        code = (
+            f"import sys; sys.argv = ['orchestrate', {arguments}]\n"
+            "from orchestrator.cli import main\n"
+            "try:\n    main()\nexcept SystemExit:\n    pass\n"
+            "print([n for n in ('torch', 'ray', 'mlflow', 'timm', 'matplotlib', 'pandas') if n in sys.modules])"
+        )
+        done = run([ORCHESTRATE[0], "-c", code])
+        assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_plan_says_what_is_new_and_what_it_costs(tmp_path: Path) -> None:
+    Small(tmp_path).write()
+    file = str(tmp_path / "small.yaml")
+    done = run([*ORCHESTRATE, "plan", file, "--storage", str(tmp_path / "runs")])
+    assert done.returncode == 0, done.stderr
+    assert "4 trials in 2 cells" in done.stdout
+    assert "new: 4" in done.stdout
+    assert "estimate:" in done.stdout
+    listed = json.loads(run([*ORCHESTRATE, "plan", file, "--json"]).stdout)
+    assert [trial["state"] for trial in listed["trials"]] == ["planned"] * 4
+    assert not (tmp_path / "runs").exists(), "a plan leaves nothing behind"
+
+
+def test_a_wrong_file_is_exit_2_with_file_and_line_and_no_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text("name: wrong\naxes:\n  model.num_registers: [0, 17]\n")
+    started = time.monotonic()
+    done = run([*ORCHESTRATE, "sweep", str(file)])
+    assert time.monotonic() - started < 2
+    assert done.returncode == 2
+    assert f"{file}:3: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_storage_may_come_from_a_configuration_file_and_the_environment_wins(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"storage": str(tmp_path / "from_file")}))
+    command = [*ORCHESTRATE, "report", "nothing"]
+    variables = {**environment(), "ORCHESTRATE_CONFIG": str(config)}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+    assert "from_file" in done.stderr
+    variables["ORCHESTRATE_STORAGE"] = str(tmp_path / "from_environment")
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+    assert "from_environment" in done.stderr
+    config.write_text("storag: x\n")
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+    assert done.returncode == 2
+    assert "storag is not allowed" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_ui_shows_the_runs_on_loopback(tmp_path: Path) -> None:
+    small = Small(tmp_path)
+    small.write(axes={"model.num_registers": [0]})
+    assert small.run("--in-process").returncode == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*ORCHESTRATE, "ui", "--storage", str(small.storage), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    try:
+        found = _post(f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/search", {"max_results": 10})
+        assert "small" in [experiment["name"] for experiment in found["experiments"]]
+        ids = [experiment["experiment_id"] for experiment in found["experiments"] if experiment["name"] == "small"]
+        runs = _post(f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/search", {"experiment_ids": ids})["runs"]
+        assert [one["info"]["status"] for one in runs] == ["FINISHED"] * 3
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+def _post(url: str, body: dict[str, object]) -> dict[str, list[dict[str, dict[str, str]]]]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:
+                return json.loads(reply.read())  # type: ignore[no-any-return]
+        except (urllib.error.URLError, ConnectionError):
+            assert time.monotonic() < deadline, "the server did not come up"
+            time.sleep(0.5)
