@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import logging
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +19,18 @@ from orchestrator.layout import TrialLayout
 
 Report = Callable[[int, Mapping[str, float]], None]
 
+log = logging.getLogger(__name__)
+
 TRAIN = "orchestrator.training:run"  # "module:function"; benchmarks and tests put others in its place
 
 # Errors that the same settings may survive on another try; everything else is the user's or ours, and final.
-_TRANSIENT = ("OSError", "ConnectionError", "TimeoutError", "BrokenPipeError", "CUDAError", "AcceleratorError")
+_TRANSIENT = frozenset({"OSError", "CUDAError", "AcceleratorError"})
+_FINAL = frozenset({"FileNotFoundError", "NotADirectoryError", "PermissionError", "OutOfMemoryError"})
+
+# Errors after which a process is of no more use, since every later call to the device fails.
+_POISONOUS = frozenset({"CUDAError", "AcceleratorError"})
+
+_MEMORY_ADVICE = "; use a smaller optim.micro_batch_size, a larger share of a GPU, or precision bf16"
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class Job:
     cache: str
     stop_file: str  # its existence asks every trial of this driver to checkpoint and leave
     threads: int
+    attempts: int = 0  # number of the newest attempt that the ledger knows
+    cpu_only: bool = False  # a trial that asked for no GPU does not take one that happens to be there
     train: str = TRAIN
 
 
@@ -52,6 +62,7 @@ class Outcome:
     data_fingerprint: str | None = None
     error: Mapping[str, str] | None = None
     retryable: bool = False
+    poisoned: bool = False  # the process must not run anything else
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,36 +75,43 @@ def run_attempt(job: Job, number: int, report: Report) -> Outcome:
     """
     layout = TrialLayout(Path(job.folder))
     started = time.monotonic()
-    with _log_to(layout.log(number)):
-        try:
-            module, _, function = job.train.partition(":")
-            train = getattr(importlib.import_module(module), function)
-            outcome = train(job, layout, number, report, _StopRequest(job, layout))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            logging.getLogger(__name__).exception("attempt %d of %s failed", number, job.name)
-            outcome = failure(error)
-        finally:
-            _reset_globals()
+    try:
+        with _log_to(layout.log(number)):
+            outcome = _logged(job, layout, number, report)
+        _reset_globals()
+    except BaseException as error:  # noqa: BLE001 - of the log file or the device; the trial's own are caught inside
+        outcome = failure(error)
     return Outcome(**{**outcome.to_json(), "seconds": time.monotonic() - started})
+
+
+def _logged(job: Job, layout: TrialLayout, number: int, report: Report) -> Outcome:
+    try:
+        module, _, function = job.train.partition(":")
+        train = getattr(importlib.import_module(module), function)
+        outcome: Outcome = train(job, layout, number, report, StopRequest(job, layout))
+        return outcome
+    except BaseException as error:
+        log.exception("attempt %d of %s failed", number, job.name)
+        return failure(error)
 
 
 def failure(error: BaseException) -> Outcome:
     """An exception as the outcome of an attempt."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
+    advice = _MEMORY_ADVICE if "OutOfMemoryError" in kinds else ""
     return Outcome(
         status="failed",
         error={
             "type": type(error).__name__,
-            "message": str(error)[:4000],
+            "message": str(error)[:4000] + advice,
             "traceback": "".join(traceback.format_exception(error))[-20_000:],
         },
-        retryable=not kinds.isdisjoint(_TRANSIENT),
+        retryable=not kinds.isdisjoint(_TRANSIENT) and kinds.isdisjoint(_FINAL),
+        poisoned=not kinds.isdisjoint(_POISONOUS),
     )
 
 
-class _StopRequest:
+class StopRequest:
     """Whether the attempt should leave, asked at every step and looked up at most twice a second."""
 
     def __init__(self, job: Job, layout: TrialLayout) -> None:
@@ -106,9 +124,8 @@ class _StopRequest:
         now = time.monotonic()
         if self._answer is None and now >= self._next:
             self._next = now + 0.5
-            for path, answer in zip(self._files, ("stopped", "interrupted"), strict=True):
-                if path.exists():
-                    self._answer = answer
+            answers = zip(self._files, ("stopped", "interrupted"), strict=True)  # what the user asked for goes first
+            self._answer = next((answer for path, answer in answers if path.exists()), None)
         return self._answer
 
 
@@ -117,35 +134,32 @@ def _log_to(path: Path) -> Iterator[None]:
     """Everything that our packages log goes to the attempt's own log file."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    loggers = [logging.getLogger(name) for name in ("trainers", "orchestrator")]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("trainers", "orchestrator"))}
+    for logger in levels:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        for logger in loggers:
+        for logger, level in levels.items():
             logger.removeHandler(handler)
+            logger.setLevel(level)
         handler.close()
 
 
 def _reset_globals() -> None:
-    """Leave the process as the next trial expects it; torch is only touched where a trial imported it."""
+    """Leave the process as the next trial expects it; torch is only touched where a trial imported it.
+
+    What survives a collection is frozen: the 400,000 objects of torch and timm would cost each later one 0.2 s.
+    """
     gc.enable()
     gc.collect()
-    import sys
-
+    gc.freeze()
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_default_dtype(torch.float32)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    loaded: dict[str, Any] = json.loads(path.read_text())
-    return loaded
 
 
 def process_name() -> str:

@@ -166,8 +166,11 @@ def ui(
 
     folder = state or storage
     uri = tracking_uri or tracking.default_tracking_uri(folder)
-    tracking.prepare_store(uri, folder)
     command, environment = tracking.ui_command(uri, port)
+    try:
+        tracking.prepare_store(uri, folder)
+    except tracking.Unavailable as error:
+        raise ValueError(f"the tracking store cannot be opened: {error}") from error
     typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
     os.execve(command[0], command, {**os.environ, **environment})
 

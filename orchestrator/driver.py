@@ -22,12 +22,13 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, PlannedTrial, build_plan
 from orchestrator.progress import Screen
 from orchestrator.recorder import Recorder
+from orchestrator.tracking_records import check_tracking_uri
 from trainers.files import write_whole
 
 log = logging.getLogger(__name__)
 
-DONE, SOME_FAILED, WRONG_INPUT = 0, 1, 2
-LEAVE_SECONDS = 25.0  # after a signal, for trials to checkpoint
+DONE, SOME_FAILED = 0, 1
+LEAVE_SECONDS = 20.0  # after a signal, for trials to checkpoint
 TRACKING_SECONDS = 60.0  # at the end, for MLflow to catch up
 
 
@@ -62,6 +63,15 @@ class Stop:
     def __call__(self) -> bool:
         return self.signal is not None
 
+    def check(self) -> None:
+        """Leave what has no checkpoints to write.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        if self.signal is not None:
+            raise Interrupted
+
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """First signal: trials checkpoint and leave. Second: this process ends at once."""
         if self.signal is not None:
@@ -69,6 +79,10 @@ class Stop:
         self.signal, self.since = number, time.monotonic()
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.touch()
+
+
+class Interrupted(Exception):
+    """A signal came at a moment when no trial was running."""
 
 
 def sweep(options: Options) -> int:
@@ -82,16 +96,24 @@ def sweep(options: Options) -> int:
     asked = spec.read_sweep(options.file, smoke_overrides(options), options.name)
     if (reason := spec.unsupported(asked)) is not None:
         raise ValueError(f"{options.file}: {reason}")
+    check_tracking_uri(options.tracking_uri or "sqlite:///")
     plan = build_plan(asked)
     layout = SweepLayout(options.storage.resolve(), options.state.resolve(), asked.name)
     layout.ledger.parent.mkdir(parents=True, exist_ok=True)
-    with Ledger.open(layout.ledger) as ledger, Screen(asked.name, quiet=options.quiet) as screen:
-        return _Run(options, asked, plan, layout, ledger, screen).execute()
+    stop = Stop(layout.state / asked.name / f".stop-{uuid.uuid4().hex[:8]}")
+    try:
+        with _signals(stop), Ledger.open(layout.ledger) as ledger, Screen(asked.name, quiet=options.quiet) as screen:
+            return _Run(options, asked, plan, layout, ledger, screen, stop).execute()
+    except Interrupted:
+        return 128 + (stop.signal or signal.SIGINT)
+    finally:
+        stop.file.unlink(missing_ok=True)
 
 
 def smoke_overrides(options: Options) -> list[str]:
     """The overrides of the command line, with those of --smoke, which make every trial one step long."""
-    short = ["optim.steps=1", "evaluation.points=1", "seeds=[0]"] if options.smoke else []
+    one_step = ["optim.steps=1", "optim.warmup_steps=0", "evaluation.points=1", "seeds=[0]"]
+    short = one_step if options.smoke else []
     return [*options.overrides, *short]
 
 
@@ -106,25 +128,27 @@ class _Run:
         layout: SweepLayout,
         ledger: Ledger,
         screen: Screen,
+        stop: Stop,
     ) -> None:
         self.options, self.asked, self.plan = options, asked, plan
-        self.layout, self.ledger, self.screen = layout, ledger, screen
-        self.stop = Stop(layout.state / asked.name / f".stop-{uuid.uuid4().hex[:8]}")
+        self.layout, self.ledger, self.screen, self.stop = layout, ledger, screen, stop
 
     def execute(self) -> int:
         options, layout = self.options, self.layout
         pending = self._prepare()
-        self._check_data(pending)
         with self._tracking() as sink:
             if pending:
                 self._train(pending, sink.notify)
             self._publish_rest()
-            sink.flush(TRACKING_SECONDS if self.stop.signal is None else 2.0)
+            deadline = time.monotonic() + (TRACKING_SECONDS / 2 if self.stop.signal is None else 2.0)
+            while sink.flush(0.5) and time.monotonic() < deadline and self.stop.signal is None:
+                pass
             sink.publish_map(layout.mlflow_map)
+            if self.stop.signal is not None:
+                self.screen.say("interrupted; the same command (without --rerun) goes on from the checkpoints")
+                return 128 + self.stop.signal
             code = self._conclude(sink)
-        self.stop.file.unlink(missing_ok=True)
-        if not options.quiet:
-            self.screen.where(layout, options.tracking_uri)
+        self.screen.where(layout, options.tracking_uri)
         return code
 
     def _prepare(self) -> list[PlannedTrial]:
@@ -132,15 +156,20 @@ class _Run:
         ledger, layout = self.ledger, self.layout
         ledger.release_running()
         ledger.plan(self.plan.trials)
-        states = {row.trial_id: row.state for row in ledger.rows()}
-        for trial in self.plan.trials:
-            state = states[trial.trial_id]
-            if (self.options.rerun and state != "planned") or state == "failed":
-                ledger.reset(trial.trial_id)
-                layout.trial(trial.trial_id).result.unlink(missing_ok=True)
-            elif state == "planned" and not self.options.rerun and recorder.adopt(ledger, layout, trial.trial_id):
+        for row in ledger.rows():
+            folder = layout.trial(row.trial_id)
+            folder.stop_request.unlink(missing_ok=True)
+            if self.options.rerun:
+                publish.forget(folder)
+            if row.state == "failed" or (self.options.rerun and row.state != "planned"):
+                folder.result.unlink(missing_ok=True)
+                ledger.reset(row.trial_id)
+        planned = {row.trial_id for row in ledger.rows() if row.state == "planned"}
+        fingerprints = self._check_data([trial for trial in self.plan.trials if trial.trial_id in planned])
+        for trial in () if self.options.rerun else self.plan.trials:
+            expected = fingerprints.get(trial.trial_id)
+            if trial.trial_id in planned and recorder.adopt(ledger, layout, trial.trial_id, expected):
                 self.screen.say(f"{trial.name}: finished in another sweep, adopted")
-            layout.trial(trial.trial_id).stop_request.unlink(missing_ok=True)
         self._publish_rest()
         write_whole(layout.sweep_file, spec.dump(self.asked).encode())
         cost = estimate.estimate(self.plan.trials).to_json()
@@ -154,34 +183,43 @@ class _Run:
         for trial_id in publish.missing(self.ledger, layouts):
             publish.trial(self.ledger, layouts[trial_id], trial_id)
 
-    def _check_data(self, pending: Sequence[PlannedTrial]) -> None:
+    def _check_data(self, pending: Sequence[PlannedTrial]) -> dict[str, str]:
         """Decode the data sets of pending trials here, once and with a progress bar, where trials run here too.
+
+        Returns:
+            The fingerprint of each trial's data by trial id; nothing where trials run elsewhere.
 
         Raises:
             ValueError: files are missing, or what lies under a name is no longer what trials were trained on.
         """
         if self.options.address is not None:
-            return
+            return {}
+        known: dict[str, str] = dict(self.ledger.meta("data") or {})
+        opened: dict[str, str] = {}
+        for trial in pending:
+            key = _data_key(trial)
+            if key not in opened:
+                opened[key] = self._open_data(trial, known.get(key))
+        self.ledger.set_meta("data", {**known, **opened})
+        return {trial.trial_id: opened[_data_key(trial)] for trial in pending}
+
+    def _open_data(self, trial: PlannedTrial, before: str | None) -> str:
+        """The fingerprint of a trial's data set, which is decoded where that was not done yet."""
         from trainers.data import open_data
 
-        known: dict[str, str] = dict(self.ledger.meta("data") or {})
-        opened: set[str] = set()
-        for trial in pending:
-            data, model = trial.config.data, trial.config.model
-            key = f"{data.model_dump_json()} {model.image_size}"
-            if key in opened:
-                continue
-            opened.add(key)
-            assert isinstance(model.image_size, int)
-            found = open_data(data, trial.config.execution, model.image_size, self.layout.cache, self.screen.data)
-            before = known.get(key, found.fingerprint)
-            if before != found.fingerprint and not self.options.accept_data_change:
-                raise ValueError(
-                    f"data set {found.name}: its content has changed (fingerprint {before} before, "
-                    f"{found.fingerprint} now); give it another data.name, or pass --accept-data-change"
-                )
-            known[key] = found.fingerprint
-        self.ledger.set_meta("data", known)
+        def progress(what: str, done: int, total: int) -> None:
+            self.stop.check()
+            self.screen.data(what, done, total)
+
+        config = trial.config
+        assert isinstance(config.model.image_size, int)
+        found = open_data(config.data, config.execution, config.model.image_size, self.layout.cache, progress)
+        if before not in (None, found.fingerprint) and not self.options.accept_data_change:
+            raise ValueError(
+                f"data set {found.name}: its content has changed (fingerprint {before} before, "
+                f"{found.fingerprint} now); give it another data.name, or pass --accept-data-change"
+            )
+        return found.fingerprint
 
     @contextlib.contextmanager
     def _tracking(self) -> Iterator[Any]:
@@ -195,7 +233,7 @@ class _Run:
         try:
             yield sink
         finally:
-            lacking = sink.close(TRACKING_SECONDS if self.stop.signal is None else 3.0)
+            lacking = sink.close(TRACKING_SECONDS / 2 if self.stop.signal is None else 3.0)
         if lacking:
             self.screen.say(f"MLflow still lacks {lacking} records; the next run of this command delivers them")
 
@@ -205,15 +243,16 @@ class _Run:
         record = Recorder(self.ledger, self.layout, provenance, gpus, notify)
         self.screen.watch(self.ledger, record)
         if self.options.in_process:
-            with _signals(self.stop):
-                local.run([self._job(t, os.cpu_count() or 1) for t in pending], record.handle, self.stop)
+            local.run([self._job(t, os.cpu_count() or 1, False) for t in pending], record.handle, self.stop)
             return
         from orchestrator import run
 
-        # Signals are taken over after connecting, since Ray sets a handler of its own for SIGTERM.
+        self.stop.check()
+        # Signals are taken over again after connecting, since Ray sets a handler of its own for SIGTERM.
         with run.cluster(self.options.address) as ray, _signals(self.stop):
             requests = self._requests(run, run.nodes(ray), pending)
-            jobs = [self._job(trial, max(1, int(requests[trial.trial_id].cpus))) for trial in pending]
+            given = [(trial, requests[trial.trial_id]) for trial in pending]
+            jobs = [self._job(trial, max(1, int(request.cpus)), request.gpus == 0) for trial, request in given]
             run.run(ray, jobs, requests, record.handle, lambda: self._may_leave(record), self.options.max_concurrent)
 
     def _may_leave(self, record: Recorder) -> bool:
@@ -238,7 +277,7 @@ class _Run:
                 )
         return requests
 
-    def _job(self, trial: PlannedTrial, threads: int) -> Job:
+    def _job(self, trial: PlannedTrial, threads: int, cpu_only: bool) -> Job:
         return Job(
             trial_id=trial.trial_id,
             name=trial.name,
@@ -247,26 +286,33 @@ class _Run:
             cache=str(self.layout.cache),
             stop_file=str(self.stop.file),
             threads=threads,
+            attempts=self.ledger.row(trial.trial_id).attempts,
+            cpu_only=cpu_only,
             train=self.options.train,
         )
 
     def _conclude(self, sink: Any) -> int:
         """Tables, figures and report; the exit code."""
-        if self.stop.signal is not None:
-            self.screen.say("interrupted; the same command goes on from the checkpoints")
-            return 128 + self.stop.signal
         from analysis.run import analyse
 
         analysis = analyse(self.layout.root)
         sink.log_artifacts([self.layout.tables, self.layout.figures, self.layout.report])
         self.screen.table(analysis.terminal)
+        for line in (analysis.answer, *(f"note: {problem}" for problem in analysis.problems)):
+            self.screen.say(line)
         counts = self.ledger.counts()
         return DONE if counts["finished"] == len(self.plan.trials) else SOME_FAILED
 
 
+def _data_key(trial: PlannedTrial) -> str:
+    """What decides the content of a trial's data, besides the files themselves."""
+    data = trial.config.data.model_dump(mode="json", exclude={"max_unreadable"})
+    return json.dumps([data, trial.config.model.image_size], sort_keys=True)
+
+
 @contextlib.contextmanager
 def _signals(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM ask trials to leave, while the block runs."""
+    """SIGINT and SIGTERM ask trials to leave, while the block runs (in the main thread, as Python has it)."""
     before = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

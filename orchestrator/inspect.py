@@ -77,7 +77,10 @@ def status(sweep: str | None, storage: Path, state: Path, *, failures: bool) -> 
 
 def _line(row: TrialRow) -> str:
     step = "" if row.last_step is None else f" step {row.last_step}/{row.config['optim']['steps']}"
-    error = "" if row.error is None else f" — {str(row.error.get('message')).splitlines()[0][:100]}"
+    error = ""
+    if row.error is not None:
+        text = str(row.error.get("message") or row.error.get("type"))
+        error = f" — {text.splitlines()[0][:100]}"
     return f"{row.trial_id} {row.state:9} attempts {row.attempts}{step}  {row.name}{error}"
 
 

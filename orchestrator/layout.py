@@ -41,9 +41,21 @@ class TrialLayout:
             return []
         return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit())
 
-    def begin_attempt(self) -> int:
-        """Claim the next attempt number; making its folder is atomic, so no two processes get the same one."""
-        number = max(self.attempts(), default=0)
+    @property
+    def log_file(self) -> Path:
+        """The logs of all attempts, once the trial is over."""
+        return self.root / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    def begin_attempt(self, above: int = 0) -> int:
+        """Claim the next attempt number; making its folder is atomic, so no two processes get the same one.
+
+        Numbers stay above `above`, the newest that the ledger knows, even where the folders are gone.
+        """
+        number = max([above, *self.attempts()])
         while True:
             number += 1
             with contextlib.suppress(FileExistsError):
@@ -55,7 +67,7 @@ class TrialLayout:
 
     def checkpoint_folders(self) -> list[Path]:
         """Where a resumable checkpoint may lie."""
-        return [self.root / "checkpoints", *(self.attempt(n) / "checkpoints" for n in self.attempts())]
+        return [self.checkpoints, *(self.attempt(n) / "checkpoints" for n in self.attempts())]
 
 
 @dataclass(frozen=True)
@@ -101,11 +113,6 @@ class SweepLayout:
     @property
     def cache(self) -> Path:
         return self.state / "cache"
-
-    @property
-    def ray_tune(self) -> Path:
-        """Scratch of Ray Tune; nothing in it is ever read back."""
-        return self.state / self.name / ".tune"
 
     def trial(self, trial_id: str) -> TrialLayout:
         return TrialLayout(self.root / "trials" / trial_id)

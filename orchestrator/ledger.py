@@ -223,6 +223,12 @@ class Ledger(LedgerFile):
         )
         db.execute("UPDATE trials SET ended_ms = ? WHERE trial_id = ?", (now, trial_id))
 
+    def seconds_before(self, trial_id: str, number: int) -> float:
+        """Seconds that attempts before `number` took, those that a --rerun dropped left out."""
+        sql = """SELECT coalesce(sum(a.ended_ms - a.started_ms), 0) / 1000.0 FROM attempts a JOIN trials t
+            USING (trial_id) WHERE a.trial_id = ? AND a.number < ? AND a.number > t.attempts_before"""
+        return max(0.0, float(self._read(sql, (trial_id, number))[0][0]))
+
     # Metrics and what MLflow has of them
 
     def metrics(self, trial_id: str) -> list[tuple[int, str, float]]:

@@ -23,17 +23,13 @@ def run(jobs: Sequence[Job], handle: Handler, should_stop: Callable[[], bool]) -
 
 def _attempt(job: Job, handle: Handler, history: retry.History) -> bool:
     """One attempt; whether another one should follow."""
-    number = TrialLayout(Path(job.folder)).begin_attempt()
+    number = TrialLayout(Path(job.folder)).begin_attempt(job.attempts)
     handle(job.trial_id, {"kind": "started", "attempt": number, "process": process_name()})
 
     def report(step: int, metrics: Mapping[str, float]) -> None:
         history.reached(step)
         handle(job.trial_id, {"kind": "report", "attempt": number, "step": step, "metrics": dict(metrics)})
 
-    outcome = run_attempt(job, number, report)
-    if outcome.status == "failed" and outcome.retryable and history.may_retry_error():
-        reason = str((outcome.error or {}).get("message"))
-        handle(job.trial_id, {"kind": "lost", "attempt": number, "reason": reason})
-        return True
-    handle(job.trial_id, {"kind": "ended", "attempt": number, "outcome": outcome.to_json()})
-    return False
+    event = retry.after(run_attempt(job, number, report), history, number)
+    handle(job.trial_id, event)
+    return bool(event["kind"] == "lost")

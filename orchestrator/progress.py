@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
+from orchestrator.tracking_records import redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -83,11 +84,15 @@ class Screen:
         self._console.print(renderable)
 
     def where(self, layout: SweepLayout, tracking_uri: str | None) -> None:
-        """Where tables, report and MLflow's UI are."""
-        uri = "" if tracking_uri is None else f" --tracking-uri {tracking_uri}"
+        """Where tables, report and MLflow's UI are; without a password that the tracking URI may hold."""
         self.say(f"tables    {layout.tables}/*.parquet")
         self.say(f"report    {layout.report}")
-        self.say(f"MLflow UI orchestrate ui --state {layout.state}{uri}")
+        if tracking_uri is None:
+            self.say(f"MLflow UI orchestrate ui --state {layout.state}")
+        elif tracking_uri.startswith("http"):
+            self.say(f"MLflow UI {redact(tracking_uri)}")
+        else:
+            self.say(f"MLflow UI orchestrate ui --tracking-uri {redact(tracking_uri)}")
 
     def _finish(self) -> None:
         if self._bar is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import io
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -18,20 +17,21 @@ from typing import Any
 from orchestrator.attempt import Outcome
 from orchestrator.layout import TrialLayout
 from orchestrator.ledger import Ledger, TrialRow
-from trainers.files import sync_folder, write_whole
+from trainers.files import write_whole
 
-_RECORDS = ("token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz")
+RECORDS = ("token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz")
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow")
 
 
 def provenance() -> dict[str, Any]:
-    """Git commit of this code (null where it is installed outside a repository; "+" marks changes), and versions."""
+    """Git commit of this code (null where it is not in a repository; "+" marks changes), and package versions."""
     versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}}
     return {"git_commit": _git_commit(), "versions": versions}
 
 
 def _git_commit() -> str | None:
     try:
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # else the repository is somebody else's
         commit = _git("rev-parse", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
@@ -56,28 +56,24 @@ def copy_records(source: TrialLayout, target: TrialLayout) -> None:
 
 
 def _publish_files(source: Path, target: Path) -> None:
-    for path in [source / name for name in _RECORDS]:
+    for path in [source / name for name in RECORDS]:
         if path.is_file():
-            hidden = target / f".{path.name}.{os.getpid()}.partial"
-            shutil.copyfile(path, hidden)
-            with hidden.open("rb") as file:
-                os.fsync(file.fileno())
-            hidden.replace(target / path.name)
-    if (source / "attention").is_dir():
-        shutil.copytree(source / "attention", target / "attention", dirs_exist_ok=True)
-    sync_folder(target)
+            write_whole(target / path.name, path.read_bytes())
 
 
-def result(row: TrialRow, attempt: int, outcome: Outcome, provenance: Mapping[str, Any], gpus: float) -> dict[str, Any]:
-    """The content of result.json; `seconds` are those of the accepted attempt."""
+def result(
+    row: TrialRow, attempt: int, outcome: Outcome, provenance: Mapping[str, Any], gpus: float, seconds_before: float
+) -> dict[str, Any]:
+    """The content of result.json; `seconds` are those of all attempts, `seconds_before` those before this one."""
+    seconds = seconds_before + outcome.seconds
     started = datetime.datetime.fromtimestamp((row.started_ms or 0) / 1000, tz=datetime.UTC)
     return {
         "trial_id": row.trial_id,
         "status": outcome.status,
         "attempts": attempt,
         "started": started.isoformat(timespec="seconds"),
-        "seconds": outcome.seconds,
-        "gpu_seconds": outcome.seconds * gpus,
+        "seconds": seconds,
+        "gpu_seconds": seconds * gpus,
         "images_per_second": outcome.images_per_second,
         "steps": outcome.steps,
         "device": outcome.device,
@@ -90,11 +86,48 @@ def result(row: TrialRow, attempt: int, outcome: Outcome, provenance: Mapping[st
 
 
 def trial(ledger: Ledger, layout: TrialLayout, trial_id: str) -> None:
-    """Write configuration, metrics and, last, the result of a trial that is over, all from the ledger."""
+    """Write configuration, log, metrics and, last, the result of a trial that is over, and settle its checkpoints.
+
+    Repeating it changes nothing, so a driver that died in between is made good by the next.
+    """
     row = ledger.row(trial_id)
+    write_whole(layout.log_file, _logs(layout))
+    _settle_checkpoints(layout)
     write_whole(layout.config, _json(row.config))
     write_whole(layout.metrics, _metrics_parquet(ledger.metrics(trial_id)))
     write_whole(layout.result, _json(row.result))
+
+
+def _logs(layout: TrialLayout) -> bytes:
+    """The logs of all attempts, one after another."""
+    return b"".join(layout.log(n).read_bytes() for n in layout.attempts() if layout.log(n).is_file())
+
+
+def _settle_checkpoints(layout: TrialLayout) -> None:
+    """Keep the folder with the newest checkpoint of any attempt as the trial's, and free the others.
+
+    A trial that was resumed after its last step has written none of its own; one that failed will be tried again.
+    """
+    folders = [folder for folder in layout.checkpoint_folders() if folder.is_dir()]
+    newest = max(folders, key=lambda folder: max((p.name for p in folder.glob("step_*.pt")), default=""), default=None)
+    if newest is not None and newest != layout.checkpoints:
+        shutil.rmtree(layout.checkpoints, ignore_errors=True)
+        newest.replace(layout.checkpoints)
+    for folder in layout.checkpoint_folders():
+        if folder != layout.checkpoints:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget(layout: TrialLayout) -> None:
+    """Remove what a trial has published and every checkpoint, before it is run anew from its first step.
+
+    The result goes first: without it, what is left counts as not published.
+    """
+    layout.result.unlink(missing_ok=True)
+    for path in (layout.metrics, *(layout.root / name for name in RECORDS)):
+        path.unlink(missing_ok=True)
+    for folder in layout.checkpoint_folders():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def missing(ledger: Ledger, layouts: Mapping[str, TrialLayout]) -> list[str]:

@@ -37,5 +37,5 @@ def _attempt(job: Job, number: int, events: queue.SimpleQueue[Event]) -> None:
     def report(step: int, metrics: Mapping[str, float]) -> None:
         events.put({"kind": "report", "attempt": number, "step": step, "metrics": dict(metrics)})
 
-    outcome = run_attempt(job, number, report)
+    outcome = run_attempt(job, number, report)  # never raises, so that `ended` always comes
     events.put({"kind": "ended", "attempt": number, "outcome": outcome.to_json()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, cast
 
 from orchestrator import publish
 from orchestrator.attempt import Outcome
-from orchestrator.layout import SweepLayout, TrialLayout
+from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State
 
 log = logging.getLogger(__name__)
@@ -27,17 +26,28 @@ class Live:
     steps: int
     batch_size: int
     step: int = 0
+    known: int = 0  # the last step that earlier attempts reported, which this one may report again
     first_step: int | None = None
     since: float = field(default_factory=time.monotonic)
 
+    def reached(self, step: int) -> None:
+        """The attempt reported `step`."""
+        self.step = step
+        if step > self.known and self.first_step is None:
+            self.first_step, self.since = step, time.monotonic()
+
     def images_per_second(self, now: float) -> float:
-        """Speed since the first report of this attempt, evaluation included; 0 before there is a second one."""
+        """Speed since the first new report of this attempt, evaluation included; 0 before there is a second one."""
         done = 0 if self.first_step is None else self.step - self.first_step
         return done * self.batch_size / max(now - self.since, 1e-9)
 
 
 class Recorder:
-    """Takes (trial id, event) from an executor. Events of attempts that were superseded change nothing."""
+    """Takes (trial id, event) from an executor and never raises. Events of superseded attempts change nothing.
+
+    An attempt of which an event could not be recorded (a full disk, say) is not accepted when it ends: its trial stays
+    to be run, and the next attempt reports everything again.
+    """
 
     def __init__(
         self,
@@ -53,26 +63,35 @@ class Recorder:
         self._gpus = gpus
         self._changed = changed
         self.live: dict[str, Live] = {}
+        self.broken: set[str] = set()
 
     def handle(self, trial_id: str, event: Mapping[str, Any]) -> None:
         """Record one event: started, report, lost, process_lost, process_gone or ended."""
+        try:
+            if event["kind"] == "ended" and trial_id in self.broken:
+                event = {"kind": "lost", "attempt": event["attempt"], "reason": "an event could not be recorded"}
+            self._record(trial_id, event)
+        except Exception:
+            self.broken.add(trial_id)
+            log.exception("an event of trial %s could not be recorded: %s", trial_id, event.get("kind"))
+        self._changed()
+
+    def _record(self, trial_id: str, event: Mapping[str, Any]) -> None:
         kind = event["kind"]
         if kind == "started":
             self._started(trial_id, event)
         elif kind == "report":
             self._ledger.record(trial_id, event["attempt"], event["step"], event["metrics"])
-            self._watch(trial_id, event["step"])
+            if trial_id in self.live:
+                self.live[trial_id].reached(event["step"])
         elif kind == "lost":
             self._lost(trial_id, event["attempt"], event["reason"])
         elif kind == "process_lost":
             self._lost(trial_id, self._ledger.row(trial_id).attempts, event["reason"])
         elif kind == "process_gone":
-            error = {"type": "ProcessLost", "message": "the trial's process was lost too often"}
-            outcome = Outcome("failed", error={**error, "traceback": str(event["reason"])[-4000:]})
-            self._ended(trial_id, self._ledger.row(trial_id).attempts, outcome)
+            self._gone(trial_id, str(event["reason"]))
         else:
             self._ended(trial_id, event["attempt"], Outcome(**event["outcome"]))
-        self._changed()
 
     def _started(self, trial_id: str, event: Mapping[str, Any]) -> None:
         row = self._ledger.row(trial_id)
@@ -81,19 +100,26 @@ class Recorder:
         host, _, pid = event["process"].rpartition(":")
         self._ledger.start_attempt(trial_id, event["attempt"], host, int(pid))
         optim = row.config["optim"]
-        self.live[trial_id] = Live(row.name, optim["steps"], optim["batch_size"])
-
-    def _watch(self, trial_id: str, step: int) -> None:
-        live = self.live.get(trial_id)
-        if live is not None:
-            if live.first_step is None:
-                live.first_step, live.since = step, time.monotonic()
-            live.step = step
+        self.live[trial_id] = Live(row.name, optim["steps"], optim["batch_size"], known=row.last_step or 0)
 
     def _lost(self, trial_id: str, attempt: int, reason: str) -> None:
         live = self.live.pop(trial_id, None)
         progressed = live is not None and live.first_step is not None
         self._ledger.lose_attempt(trial_id, attempt, reason[-2000:], progressed)
+
+    def _gone(self, trial_id: str, reason: str) -> None:
+        """The trial's own process died too often, or never came to begin an attempt."""
+        row = self._ledger.row(trial_id)
+        if row.state == "planned":
+            number = self._layout.trial(trial_id).begin_attempt(row.attempts)
+            self._ledger.start_attempt(trial_id, number, os.uname().nodename, os.getpid())
+            row = self._ledger.row(trial_id)
+        error = {
+            "type": "ProcessLost",
+            "message": "the trial's process was lost too often",
+            "traceback": reason[-4000:],
+        }
+        self._ended(trial_id, row.attempts, Outcome("failed", error=error))
 
     def _ended(self, trial_id: str, attempt: int, outcome: Outcome) -> None:
         if outcome.status == "interrupted":
@@ -107,35 +133,28 @@ class Recorder:
             log.warning("what attempt %d of %s left behind is not accepted", attempt, row.name)
             return
         publish.records(trial, attempt)
-        result = publish.result(row, attempt, outcome, self._provenance, self._gpus.get(trial_id, 0.0))
+        before = self._ledger.seconds_before(trial_id, attempt)
+        result = publish.result(row, attempt, outcome, self._provenance, self._gpus.get(trial_id, 0.0), before)
         if self._ledger.finish(trial_id, attempt, cast(State, outcome.status), result, outcome.error):
             publish.trial(self._ledger, trial, trial_id)
-            _settle_checkpoints(trial, attempt)
 
 
-def _settle_checkpoints(trial: TrialLayout, attempt: int) -> None:
-    """Keep the accepted attempt's checkpoints under the trial and free those of the others."""
-    accepted, final = trial.attempt(attempt) / "checkpoints", trial.root / "checkpoints"
-    if accepted.is_dir():
-        shutil.rmtree(final, ignore_errors=True)
-        accepted.replace(final)
-    for number in trial.attempts():
-        shutil.rmtree(trial.attempt(number) / "checkpoints", ignore_errors=True)
+def adopt(ledger: Ledger, layout: SweepLayout, trial_id: str, fingerprint: str | None) -> Path | None:
+    """Take over a planned trial that another sweep under the same storage has finished; the folder it came from.
 
-
-def adopt(ledger: Ledger, layout: SweepLayout, trial_id: str) -> Path | None:
-    """Take over a planned trial that another sweep under the same storage has finished; the folder it came from."""
+    A trial of other data content than `fingerprint` (None: not known here) is not taken.
+    """
     row = ledger.row(trial_id)
     for other in layout.other_trials(trial_id):
         published = publish.read_finished(other)
-        if published is None:
+        if published is None or fingerprint not in (None, published.result.get("data_fingerprint")):
             continue
         own = layout.trial(trial_id)
-        number = own.begin_attempt()
+        number = own.begin_attempt(row.attempts)
         ledger.start_attempt(trial_id, number, os.uname().nodename, os.getpid())
         ledger.record_many(trial_id, number, published.metrics)
         publish.copy_records(other, own)
-        ledger.finish(trial_id, number, "finished", {**published.result, "trial_id": row.trial_id}, None)
+        ledger.finish(trial_id, number, "finished", {**published.result, "attempts": number}, None)
         publish.trial(ledger, own, trial_id)
         return other.root
     return None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from orchestrator.attempt import Outcome
 
 MAX_ERRORS = 3  # transient errors of one trial
 MAX_LOSSES_WITHOUT_PROGRESS = 2
@@ -31,3 +35,10 @@ class History:
         """Count a transient error; False after three."""
         self.errors += 1
         return self.errors <= MAX_ERRORS
+
+
+def after(outcome: Outcome, history: History, number: int) -> Mapping[str, Any]:
+    """The event with which attempt `number` ends: `lost` where the same settings may do better, else `ended`."""
+    if outcome.status == "failed" and outcome.retryable and history.may_retry_error():
+        return {"kind": "lost", "attempt": number, "reason": str((outcome.error or {}).get("message"))}
+    return {"kind": "ended", "attempt": number, "outcome": outcome.to_json()}

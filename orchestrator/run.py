@@ -74,8 +74,12 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def clip(request: Request, nodes: Sequence[Mapping[str, float]]) -> Request:
-    """`request` cut to the largest node: most GPUs first, then most CPUs."""
-    largest = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)), default={"CPU": 1.0})
+    """`request` cut to the largest node: of a request for GPUs the one with most GPUs, else with most CPUs."""
+
+    def size(node: Mapping[str, float]) -> tuple[float, float]:
+        return (node.get("GPU", 0.0) if request.gpus else 0.0, node.get("CPU", 0.0))
+
+    largest = max(nodes, key=size, default={"CPU": 1.0})
     return Request(
         cpus=min(request.cpus, max(largest.get("CPU", 1.0), 0.1)), gpus=min(request.gpus, largest.get("GPU", 0.0))
     )

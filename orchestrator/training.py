@@ -17,6 +17,9 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
     from trainers.train import train
 
     config = TrialConfig.model_validate(job.config)
+    if job.cpu_only and config.execution.device == "auto":
+        execution = config.execution.model_copy(update={"device": "cpu"})
+        config = config.model_copy(update={"execution": execution})
     torch.set_num_threads(config.execution.threads or job.threads)
     result = train(
         config,

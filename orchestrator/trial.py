@@ -54,7 +54,7 @@ class ThinTrial(tune.Trainable):
     def _start_attempt(self) -> Event:
         if Path(self._job.stop_file).exists():  # the driver is leaving: do not even begin
             return {"kind": "ended", "attempt": 0, "outcome": Outcome("interrupted").to_json()}
-        self._number = TrialLayout(Path(self._job.folder)).begin_attempt()
+        self._number = TrialLayout(Path(self._job.folder)).begin_attempt(self._job.attempts)
         if self._rank is None:
             self._rank = self._new_rank()
         run = self._rank.run.options(num_returns="streaming")
@@ -66,20 +66,21 @@ class ThinTrial(tune.Trainable):
             events: list[Event] = ray.get(next(self._stream))
         except StopIteration as error:
             return self._lost(f"the rank ended without a result: {error}")
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.ObjectLostError) as error:
+        except ray.exceptions.RayError as error:  # whatever took the rank: itself, its node, memory, the network
             return self._lost(str(error))
         self._history.reached(max((event["step"] for event in events if event["kind"] == "report"), default=0))
         if events[-1]["kind"] == "ended":
             self._stream = None
             outcome = Outcome(**events[-1]["outcome"])
-            if outcome.status == "failed" and outcome.retryable and self._history.may_retry_error():
-                message = str((outcome.error or {}).get("message"))
-                events[-1] = {"kind": "lost", "attempt": self._number, "reason": message}
+            if outcome.poisoned:
+                self._end_rank()
+            events[-1] = dict(retry.after(outcome, self._history, self._number))
         return events
 
     def _lost(self, reason: str) -> list[Event]:
         """The rank process is gone: replace it and try again, unless two attempts got no further."""
-        number, self._rank, self._stream = self._number, None, None
+        number, self._stream = self._number, None
+        self._end_rank()
         if self._history.may_retry_loss():
             return [{"kind": "lost", "attempt": number, "reason": reason}]
         message = "the training process was lost twice without getting further"
@@ -97,6 +98,11 @@ class ThinTrial(tune.Trainable):
             .remote()
         )
 
-    def cleanup(self) -> None:
+    def _end_rank(self) -> None:
+        """End the rank process, which may be alive although its node or the network was taken for lost."""
         if self._rank is not None:
             ray.kill(self._rank)
+            self._rank = None
+
+    def cleanup(self) -> None:
+        self._end_rank()

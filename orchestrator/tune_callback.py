@@ -6,17 +6,14 @@ truth: what these hold stays in the driver, and their copies hold nothing.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Callback, Stopper
 
-log = logging.getLogger(__name__)
-
 
 class Events(Callback):
-    """Forwards (trial id, event). A handler that raises is logged: an exception here would end the whole sweep."""
+    """Forwards (trial id, event) to a handler that never raises: an exception here would end the whole sweep."""
 
     def __init__(self, handle: Callable[[str, Mapping[str, Any]], None] = lambda _trial_id, _event: None) -> None:
         self._handle = handle
@@ -27,22 +24,16 @@ class Events(Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """Events of an attempt, whose outcome is the last."""
         for event in result.get("events", ()):
-            self._pass_on(result["trial"], event)
+            self._handle(result["trial"], event)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """The thin trial's own process died; Tune begins it again."""
-        self._pass_on(trial.config["trial"], {"kind": "process_lost", "reason": "the trial's process ended"})
+        self._handle(trial.config["trial"], {"kind": "process_lost", "reason": "the trial's process ended"})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """The thin trial's own process died too often."""
         reason = str(trial.get_error() or "the trial's process ended")
-        self._pass_on(trial.config["trial"], {"kind": "process_gone", "reason": reason})
-
-    def _pass_on(self, trial_id: str, event: Mapping[str, Any]) -> None:
-        try:
-            self._handle(trial_id, event)
-        except Exception:
-            log.exception("an event of trial %s could not be recorded: %s", trial_id, event.get("kind"))
+        self._handle(trial.config["trial"], {"kind": "process_gone", "reason": reason})
 
 
 class DriverStops(Stopper):

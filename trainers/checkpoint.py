@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -42,13 +43,17 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 1) ->
 
 def load_newest(directories: Iterable[Path]) -> dict[str, Any] | None:
     """The newest whole checkpoint of all `directories`, or None; damaged ones are renamed aside with a warning."""
-    for path in _by_step(directories):
-        payload = path.read_bytes()
+    for path in _by_step(dict.fromkeys(directories)):
+        try:
+            payload = path.read_bytes()
+        except FileNotFoundError:  # whoever owns the folder has just written a newer one
+            continue
         if _is_whole(path, payload):
             state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
             return state
         log.warning("checkpoint %s is damaged; it is set aside and the one before is used", path)
-        path.rename(path.with_name(path.name + DAMAGED))
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(path.with_name(path.name + DAMAGED))
     return None
 
 

@@ -218,7 +218,6 @@ class ExecutionConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a rank; null leaves PyTorch's own")
     data_root: str | None = Field(None, description="where the files of an image folder or a download lie")
-    compile: bool = Field(False, description="torch.compile, block by block")
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints")
     keep_checkpoints: int = Field(1, ge=1, le=1_000, description="how many checkpoints are kept")
 

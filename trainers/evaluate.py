@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +22,12 @@ from trainers.data import DataSet, Split
 from trainers.files import write_whole
 from trainers.probes.features import Features, evaluating, extract, training_subset
 from trainers.streams import Streams
-from trainers.tokens.norms import NormRow, last_layer_metrics, probe_rows
+from trainers.tokens.norms import NormRow, probe_rows
 
 _MAP_IMAGES = 8  # images whose last-layer norm maps are kept
 _PROBE_CHUNK = 64  # images of the probe batch at a time
+
+_PREFIXES = {"validation": "val", "test": "test"}  # of metrics
 
 _PER_IMAGE = pa.schema(
     [
@@ -49,24 +52,30 @@ class Evaluation:
         self._device = device
         self._view = functools.partial(evaluation_view, image_size=config.model.image_size)
         self._trial_id = trial_id(config)
+        self._num_classes = len(data.class_names)
 
-    def score(self, backbone: nn.Module, split: str, directory: Path | None = None) -> dict[str, float]:
-        """Probe metrics `split/…` of a backbone whose probes learn from training images.
+    def score(self, backbone: nn.Module, splits: Sequence[str], directory: Path) -> dict[str, float]:
+        """Probe metrics `val/…` and `test/…` of a backbone, for probes that learn once from training images.
 
-        With a `directory`, per-image results are published there as per_image.parquet.
+        Per-image results of the test set are published in `directory` as per_image.parquet.
         """
-        evaluated: Split = getattr(self._data, split)
         subset = training_subset(len(self._data.train), self._config.evaluation.train_images)
         train_features = self._features(backbone, self._data.train, subset)
-        features = self._features(backbone, evaluated, None)
-        predicted: dict[str, Tensor] = {}
-        for name, fit in _fits(self._config.evaluation):
-            settings = getattr(self._config.evaluation, name, None)
-            probe = fit(train_features, settings, self._streams, len(self._data.class_names))
-            predicted |= probe.predict(features)  # type: ignore[attr-defined]
-        if directory is not None:
-            self._write_per_image(probes.correct(predicted, features.classes), split, directory)
-        return {f"{split}/{name}": value for name, value in probes.top1(predicted, features.classes)}
+        fitted = [
+            fit(train_features, getattr(self._config.evaluation, name, None), self._streams, self._num_classes)
+            for name, fit in _fits(self._config.evaluation)
+        ]
+        metrics: dict[str, float] = {}
+        for split in splits:
+            features = self._features(backbone, getattr(self._data, split), None)
+            predicted: dict[str, Tensor] = {}
+            for probe in fitted:
+                predicted |= probe.predict(features)  # type: ignore[attr-defined]
+            prefix = _PREFIXES[split]
+            metrics |= {f"{prefix}/{name}": value for name, value in probes.top1(predicted, features.classes)}
+            if split == "test":
+                self._write_per_image(probes.correct(predicted, features.classes), prefix, directory)
+        return metrics
 
     def _features(self, backbone: nn.Module, split: Split, indices: NDArray[np.int64] | None) -> Features:
         classes = np.asarray(split.targets["classes"])
@@ -74,27 +83,33 @@ class Evaluation:
 
     def token_rows(self, backbone: nn.Module, weights: str, step: int) -> list[NormRow]:
         """Exact norm statistics of the probe batch, the first validation images."""
-        norms_LBT = self.probe_norms(backbone, self._config.tokens.probe_images)
+        norms_LBT, class_token = self.probe_norms(backbone, self._config.tokens.probe_images)
         return probe_rows(
-            norms_LBT, self._config.model.num_registers, trial_id=self._trial_id, step=step, weights=weights
+            norms_LBT,
+            self._config.model.num_registers,
+            trial_id=self._trial_id,
+            step=step,
+            weights=weights,
+            class_token=class_token,
         )
 
     @torch.no_grad()
-    def probe_norms(self, backbone: nn.Module, count: int) -> NDArray[np.float32]:
-        """Norms float32 [L + 1, B, T] of the first `count` validation images."""
+    def probe_norms(self, backbone: nn.Module, count: int) -> tuple[NDArray[np.float32], bool]:
+        """Norms float32 [L + 1, B, T] of the first `count` validation images; whether T begins with a class token."""
         images = self._data.validation.images[:count]
+        model, device = cast(vit.Backbone, backbone), self._device
         with evaluating(backbone):
-            parts = [
-                vit.token_norms(backbone, self._view(torch.from_numpy(np.array(part)).to(self._device)))  # type: ignore[arg-type]
-                for part in np.array_split(images, max(1, -(-len(images) // _PROBE_CHUNK)))
-            ]
-        return np.asarray(torch.cat(parts, dim=1).cpu().numpy())
+            parts = []
+            for part in np.array_split(images, max(1, -(-len(images) // _PROBE_CHUNK))):
+                norms_LBT, class_token = vit.token_norms(model, self._view(torch.from_numpy(np.array(part)).to(device)))
+                parts.append(norms_LBT)
+        return np.asarray(torch.cat(parts, dim=1).cpu().numpy()), class_token
 
     def write_norm_map(self, backbone: nn.Module, directory: Path) -> None:
         """Publish norm_map.npz: a few probe images and the norms of their last-layer patches on the grid."""
         images = np.array(self._data.validation.images[:_MAP_IMAGES])
-        norms_LBT = self.probe_norms(backbone, len(images))
-        patches = norms_LBT[-1, :, 1 + self._config.model.num_registers :]
+        norms_LBT, class_token = self.probe_norms(backbone, len(images))
+        patches = norms_LBT[-1, :, int(class_token) + self._config.model.num_registers :]
         side = round(patches.shape[1] ** 0.5)
         buffer = io.BytesIO()
         grid = patches.reshape(len(images), side, side)
@@ -126,11 +141,6 @@ class Evaluation:
             for metric, right in sorted(correct.items())
         ]
         _write_table(pa.concat_tables(tables) if tables else _PER_IMAGE.empty_table(), directory / "per_image.parquet")
-
-
-def token_metrics(rows: list[NormRow]) -> dict[str, float]:
-    """The metrics `tokens/…` of one evaluation of the evaluated weights."""
-    return last_layer_metrics(rows)
 
 
 def _fits(evaluation: EvaluationConfig) -> Iterator[tuple[str, vit.Loaded]]:

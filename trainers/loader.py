@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +13,7 @@ from trainers.data import Split
 from trainers.methods import Batch
 from trainers.streams import Streams
 
-_PER_IMAGE_TARGETS = ("classes", "segmentation", "depth")
+TARGETS = ("classes", "segmentation", "depth")  # those that are arrays with one entry an image
 
 
 class Order:
@@ -43,22 +43,24 @@ class Order:
         return generator.permutation(self.num_images)
 
 
-def fetch(split: Split, indices: NDArray[np.int64], device: torch.device) -> Batch:
-    """The images and targets of `indices`, on the device."""
-    targets = {name: np.asarray(split.targets[name]) for name in _PER_IMAGE_TARGETS if name in split.targets}
-    on_device = {name: _move(values[indices], device) for name, values in targets.items()}
+def fetch(split: Split, indices: NDArray[np.int64], device: torch.device, needs: Collection[str] = TARGETS) -> Batch:
+    """The images of `indices` and those of their targets that are needed, on the device."""
+    names = [name for name in TARGETS if name in needs and name in split.targets]
+    on_device = {name: _move(np.asarray(split.targets[name])[indices], device) for name in names}
     return Batch(_move(split.images[indices], device), on_device)
 
 
-def batches(split: Split, order: Order, start: int, steps: int, device: torch.device) -> Iterator[Batch]:
+def batches(
+    split: Split, order: Order, start: int, steps: int, device: torch.device, needs: Collection[str] = TARGETS
+) -> Iterator[Batch]:
     """The batches of steps `start` … `steps` − 1; a thread reads the next one while the current one is used."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        upcoming = pool.submit(fetch, split, order(start), device) if start < steps else None
+        upcoming = pool.submit(fetch, split, order(start), device, needs) if start < steps else None
         for step in range(start, steps):
             assert upcoming is not None
             batch = upcoming.result()
             if step + 1 < steps:
-                upcoming = pool.submit(fetch, split, order(step + 1), device)
+                upcoming = pool.submit(fetch, split, order(step + 1), device, needs)
             yield batch
 
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from trainers import catalog, checkpoint, optim, vit
 from trainers.config import TrialConfig, trial_id
 from trainers.data import open_data
-from trainers.evaluate import Evaluation, token_metrics
-from trainers.loader import Order, batches, split_batch
+from trainers.evaluate import Evaluation
+from trainers.loader import TARGETS, Order, batches, split_batch
 from trainers.methods import Batch, Method, Progress
 from trainers.streams import Streams
 from trainers.tokens import table as token_table
-from trainers.tokens.norms import NormRow
+from trainers.tokens.norms import NormRow, last_layer_metrics
 from trainers.tokens.stream import TrainingStream
 
 log = logging.getLogger(__name__)
@@ -130,14 +130,18 @@ class _Training:
         log_every = max(1, steps // _LOG_POINTS)
         evaluate_at = {round(steps * i / config.evaluation.points) for i in range(1, config.evaluation.points + 1)}
         order = Order(len(self.data.train), config.optim.batch_size, self.streams)
+        needs = catalog.METHODS[config.method].needs if config.method in catalog.METHODS else TARGETS
         self.method.train()
         saved = looked = time.monotonic()
-        for batch in batches(self.data.train, order, self.step, steps, self.device):
+        for batch in batches(self.data.train, order, self.step, steps, self.device, needs):
             if reason := should_stop():
                 self._save()
                 return self._result(reason)
             self._one_step(batch)
             if self.step % log_every and self.step not in evaluate_at and self.step < steps:
+                if time.monotonic() - saved >= config.execution.checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
                 continue
             metrics = self._take_losses()  # the only wait for the device
             if not all(map(math.isfinite, metrics.values())):
@@ -217,12 +221,12 @@ class _Training:
         self.history.append((self.step, metrics))
         report(self.step, metrics)
 
-    def _evaluate(self) -> dict[str, float]:
-        """Probes on the validation set and token norms of all weights, at the current step."""
+    def _evaluate(self, splits: tuple[str, ...] = ("validation",)) -> dict[str, float]:
+        """Probes on `splits` and token norms of all weights, at the current step."""
         name = catalog.METHODS[self.config.method].weights if self.config.method in catalog.METHODS else "raw"
         evaluated = self.method.evaluated()
         rows = self.evaluation.token_rows(evaluated, name, self.step)
-        metrics = {**token_metrics(rows), **self.evaluation.score(evaluated, "validation")}
+        metrics = {**last_layer_metrics(rows), **self.evaluation.score(evaluated, splits, self.directory)}
         self.rows += rows
         if name != "raw":
             self.rows += self.evaluation.token_rows(self.backbone, "raw", self.step)
@@ -231,15 +235,12 @@ class _Training:
         if self.token_stream is not None:
             self.rows += self.token_stream.drain(trial_id=trial_id(self.config), step=self.step, weights="raw")
         self.method.train()
-        return {name.replace("validation/", "val/", 1): value for name, value in metrics.items()}
+        return metrics
 
     def _finish(self, report: Report) -> None:
         """The last evaluation, the only look at the test set, and the files of the trial."""
-        metrics = self._evaluate()
-        evaluated = self.method.evaluated()
-        metrics |= self.evaluation.score(evaluated, "test", self.directory)
-        self._record(report, metrics)
-        self.evaluation.write_norm_map(evaluated, self.directory)
+        self._record(report, self._evaluate(("validation", "test")))
+        self.evaluation.write_norm_map(self.method.evaluated(), self.directory)
         self.evaluation.write_probes(self.history, self.directory)
         token_table.write(self.rows, self.directory / "token_norms.parquet")
 
@@ -260,6 +261,7 @@ class _Training:
         state = {
             "trial_id": trial_id(self.config),
             "step": self.step,
+            "last_good": self._last_good,
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
@@ -279,7 +281,7 @@ class _Training:
             return
         if state["trial_id"] != trial_id(self.config):
             raise ValueError(f"the checkpoint belongs to trial {state['trial_id']}, not to this configuration")
-        self.step = self._last_good = state["step"]
+        self.step, self._last_good = state["step"], state["last_good"]
         self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -310,12 +312,15 @@ def _device(config: TrialConfig) -> torch.device:
 
 @contextmanager
 def _garbage_collector_off() -> Iterator[None]:
-    """Python's cycle collector pauses at random moments; the loop runs it itself."""
-    was_enabled = gc.isenabled()
+    """Python's cycle collector pauses at random moments; the loop runs it itself, over what the loop has made."""
+    was_enabled, was_frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
+    gc.freeze()
     try:
         yield
     finally:
+        if not was_frozen:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -199,11 +199,16 @@ def _dropped(block: Any, x_BTD: Tensor, keep_2B: Tensor) -> Tensor:
     return dropped
 
 
-def token_norms(backbone: Backbone, images: Tensor) -> Tensor:
-    """L2 norms of all tokens of all layers before the final norm, float32 [L + 1, B, T], order class, registers,
-    patches. A residual stream without class token gives T = R + N.
+def token_norms(backbone: Backbone, images: Tensor) -> tuple[Tensor, bool]:
+    """L2 norms of all tokens of all layers before the final norm, and whether there is a class token.
+
+    The norms are float32 [L + 1, B, T], order class, registers, patches; without a class token T is R + N.
     """
-    return torch.stack([norms_of(tokens) for tokens in backbone.residuals(images)])
+    norms, class_token = [], False
+    for tokens in backbone.residuals(images):
+        norms.append(norms_of(tokens))
+        class_token = tokens.cls_BD is not None
+    return torch.stack(norms), class_token
 
 
 def norms_of(tokens: Tokens) -> Tensor:
@@ -226,6 +231,9 @@ def build(model: ModelConfig, streams: Streams) -> nn.Module:
     if not (isinstance(backbone, nn.Module) and isinstance(backbone, Backbone)):
         wanted = "embed_dim, num_registers, tokens, residuals, attention and qkv"
         raise ValueError(f"model.factory {model.factory!r} gave no torch module with {wanted}")
+    if backbone.num_registers != model.num_registers:
+        asked = f"model.num_registers is {model.num_registers}"
+        raise ValueError(f"{asked}, but model.factory {model.factory!r} gave {backbone.num_registers} registers")
     return backbone
 
 

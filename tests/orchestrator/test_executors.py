@@ -1,6 +1,7 @@
 """Attempts, retries, the recorder and the in-process executor, with real attempts of tiny functions; no torch."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import local, publish, recorder
-from orchestrator.attempt import Job, Outcome, Report, run_attempt
+from orchestrator.attempt import Job, Outcome, Report, failure, run_attempt
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
 from orchestrator.progress import describe, seconds_left
 from orchestrator.recorder import Live, Recorder
 from orchestrator.retry import History
+from orchestrator.run import Request, clip
 from orchestrator.spec import read_sweep
 from tests.orchestrator.sweeps import Small
 
@@ -53,6 +55,33 @@ def waits_to_be_stopped(job: Job, layout: TrialLayout, number: int, report: Repo
     answer = should_stop()
     assert answer is not None
     return Outcome(answer, steps=1)
+
+
+def leaves(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    return Outcome(should_stop() or "finished")
+
+
+def exits(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    raise SystemExit(3)
+
+
+class AcceleratorError(RuntimeError):
+    """Named as torch's, after which a process is of no more use."""
+
+
+def loses_its_device(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    raise AcceleratorError("an illegal memory access was encountered")
+
+
+def resumes_after_its_last_step(
+    job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop
+) -> Outcome:
+    """The first attempt writes the last checkpoint and dies; the second has nothing left to write."""
+    if number == 1:
+        (layout.attempt(1) / "checkpoints").mkdir()
+        (layout.attempt(1) / "checkpoints" / "step_000000002.pt").write_bytes(b"weights")
+        raise OSError("killed here")
+    return Outcome("finished", steps=2)
 
 
 class Driver:
@@ -135,14 +164,11 @@ def test_a_stopped_trial_is_over(driver: Driver) -> None:
 
 
 def test_a_driver_that_leaves_makes_a_trial_resumable(driver: Driver) -> None:
-    job = driver.job("waits_to_be_stopped")
+    job = driver.job("leaves")
     Path(job.stop_file).parent.mkdir(parents=True, exist_ok=True)
     Path(job.stop_file).touch()
-    number = driver.folder.begin_attempt()
-    driver.recorder.handle(job.trial_id, {"kind": "started", "attempt": number, "process": "host:1"})
-    outcome = Outcome("interrupted").to_json()
-    driver.recorder.handle(job.trial_id, {"kind": "ended", "attempt": number, "outcome": outcome})
-    assert driver.row.state == "planned"
+    driver.run("leaves")
+    assert (driver.row.state, driver.row.attempts) == ("planned", 1)
     assert not driver.folder.result.exists()
 
 
@@ -176,7 +202,7 @@ def test_a_trial_that_another_sweep_finished_is_adopted(driver: Driver) -> None:
     other.ledger.parent.mkdir(parents=True)
     with Ledger.open(other.ledger) as ledger:
         ledger.plan([driver.trial])
-        assert recorder.adopt(ledger, other, driver.trial.trial_id) == driver.folder.root
+        assert recorder.adopt(ledger, other, driver.trial.trial_id, "f") == driver.folder.root
         assert ledger.row(driver.trial.trial_id).state == "finished"
         assert ledger.metrics(driver.trial.trial_id) == driver.ledger.metrics(driver.trial.trial_id)
     adopted = other.trial(driver.trial.trial_id)
@@ -225,3 +251,104 @@ def test_the_live_line_counts_trials(driver: Driver) -> None:
     line = describe("small", driver.ledger, driver.recorder, elapsed=65)
     assert line.startswith("small: 1/1 trials, 0 running, 1 failed")
     assert "1:05 so far" in line
+
+
+def test_a_trial_that_resumed_after_its_last_step_keeps_its_weights(driver: Driver) -> None:
+    driver.run("resumes_after_its_last_step")
+    assert (driver.row.state, driver.row.attempts) == ("finished", 2)
+    assert (driver.folder.checkpoints / "step_000000002.pt").read_bytes() == b"weights"
+    assert not (driver.folder.attempt(1) / "checkpoints").exists()
+    assert json.loads(driver.folder.result.read_text())["seconds"] > 0
+
+
+def test_a_failed_trial_keeps_its_checkpoints_for_the_next_try(driver: Driver) -> None:
+    (driver.folder.attempt(1) / "checkpoints").mkdir(parents=True)
+    (driver.folder.attempt(1) / "checkpoints" / "step_000000007.pt").write_bytes(b"weights")
+    driver.run("raises")
+    assert driver.row.state == "failed"
+    assert [f / "step_000000007.pt" for f in driver.folder.checkpoint_folders() if f.is_dir()] == [
+        driver.folder.checkpoints / "step_000000007.pt"
+    ]
+
+
+def test_what_is_run_anew_finds_nothing_of_before(driver: Driver) -> None:
+    driver.run("finishes")
+    publish.forget(driver.folder)
+    left = {path.name for path in driver.folder.root.iterdir()}
+    assert left == {"attempts", "config.json", "log.txt"}
+    assert not any(folder.exists() for folder in driver.folder.checkpoint_folders())
+
+
+def test_a_trial_that_exits_is_a_failure_and_not_the_end_of_the_process(driver: Driver) -> None:
+    driver.run("exits")
+    assert (driver.row.state, driver.row.error["type"]) == ("failed", "SystemExit")
+
+
+def test_a_lost_device_is_retried_in_another_process(driver: Driver) -> None:
+    number = driver.folder.begin_attempt()
+    outcome = run_attempt(driver.job("loses_its_device"), number, lambda step, metrics: None)
+    assert (outcome.status, outcome.retryable, outcome.poisoned) == ("failed", True, True)
+
+
+def test_a_missing_file_is_not_tried_again() -> None:
+    assert not failure(FileNotFoundError("gone")).retryable
+    assert failure(ConnectionResetError("gone")).retryable
+
+
+def test_an_attempt_with_a_hole_is_not_accepted(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
+    trial = driver.trial.trial_id
+    driver.folder.begin_attempt()
+    driver.recorder.handle(trial, {"kind": "started", "attempt": 1, "process": "host:1"})
+    driver.recorder.handle(
+        trial, {"kind": "report", "attempt": 1, "step": 1, "metrics": {"train/loss": "not a number"}}
+    )
+    driver.recorder.handle(trial, {"kind": "ended", "attempt": 1, "outcome": Outcome("finished").to_json()})
+    assert driver.row.state == "planned"
+    assert "could not be recorded" in caplog.text
+
+
+def test_a_process_that_never_came_is_a_failure_with_its_reason(driver: Driver) -> None:
+    driver.recorder.handle(driver.trial.trial_id, {"kind": "process_gone", "reason": "No module named 'orchestrator'"})
+    assert driver.row.state == "failed"
+    assert "No module named" in driver.row.error["traceback"]
+
+
+def test_a_process_that_is_lost_leaves_its_trial_to_be_run(driver: Driver) -> None:
+    driver.folder.begin_attempt()
+    driver.recorder.handle(driver.trial.trial_id, {"kind": "started", "attempt": 1, "process": "host:1"})
+    driver.recorder.handle(driver.trial.trial_id, {"kind": "process_lost", "reason": "killed"})
+    assert driver.row.state == "planned"
+
+
+def test_a_trial_whose_folder_is_gone_can_be_run_again(driver: Driver) -> None:
+    driver.run("finishes")
+    shutil.rmtree(driver.folder.root)
+    driver.ledger.reset(driver.trial.trial_id)
+    job = replace(driver.job("finishes"), attempts=driver.row.attempts)
+    local.run([job], driver.recorder.handle, lambda: False)
+    assert (driver.row.state, driver.row.attempts) == ("finished", 2)
+
+
+def test_adoption_refuses_other_data(driver: Driver) -> None:
+    driver.run("finishes")
+    other = replace(driver.layout, name="other")
+    other.ledger.parent.mkdir(parents=True)
+    with Ledger.open(other.ledger) as ledger:
+        ledger.plan([driver.trial])
+        assert recorder.adopt(ledger, other, driver.trial.trial_id, "other content") is None
+
+
+def test_requests_are_cut_to_the_node_that_fits_them() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 64.0}]
+    assert clip(Request(cpus=32, gpus=0), nodes) == Request(32, 0)
+    assert clip(Request(cpus=16, gpus=8), nodes) == Request(8, 4)
+    assert clip(Request(cpus=1, gpus=0.5), [{"CPU": 2.0}]) == Request(1, 0)
+
+
+def test_speed_and_time_left_do_not_count_what_is_reported_again() -> None:
+    live = Live("a", steps=100, batch_size=10, known=50)
+    for step in (10, 30, 50):
+        live.reached(step)
+    assert live.first_step is None
+    live.reached(60)
+    assert live.first_step == 60

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests import photo_folder
 from tests.orchestrator.sweeps import ORCHESTRATE, Small, run
 
 
@@ -107,3 +108,44 @@ def test_a_trial_that_fails_is_a_row_with_its_traceback(tmp_path: Path) -> None:
     ablation = pq.read_table(small.root / "tables" / "ablation.parquet").to_pylist()
     assert [(row["n_failed"], row["mean"]) for row in ablation if row["metric"] == "test/linear/top1"] == [(1, None)]
     assert ("deit3 nano reg0 seed0", "FAILED") in small.mlflow_runs()
+
+
+def test_rerun_trains_from_the_first_step_and_gives_the_same_tables(tmp_path: Path) -> None:
+    small = Small(tmp_path)
+    small.write(axes={"model.num_registers": [0]}, seeds=[0])
+    assert small.run("--in-process").returncode == 0
+    before = small.tables()
+    done = small.run("--in-process", "--rerun")
+    assert done.returncode == 0, done.stderr
+    assert set(small.attempts().values()) == {2}
+    (trial,) = (small.root / "trials").iterdir()
+    assert "resumed" not in (trial / "attempts" / "2" / "log.txt").read_text()
+    assert small.tables() == before
+    assert [name for name, _ in small.mlflow_runs()].count("deit3 nano reg0 seed0") == 1
+
+
+def test_smoke_runs_one_step_of_every_cell(tmp_path: Path) -> None:
+    small = Small(tmp_path)
+    small.write()
+    done = small.run("--in-process", "--smoke")
+    assert done.returncode == 0, done.stderr
+    (smoke,) = (folder for folder in small.storage.iterdir() if folder.name.startswith("small@"))
+    runs = pq.read_table(smoke / "tables" / "runs.parquet").to_pylist()
+    assert [(run["status"], run["steps"]) for run in runs] == [("finished", 1)] * 2
+
+
+def test_changed_data_under_a_name_is_refused_until_it_is_accepted(tmp_path: Path) -> None:
+    photo_folder.write(tmp_path / "photos", crops=5)
+    small = Small(tmp_path)
+    small.write(axes={"model.num_registers": [0]}, seeds=[0])
+    images = ["--set", "data.train=image_folder", "--set", "data.name=photos", "--name", "small", "--in-process"]
+    images += ["--set", f"execution.data_root={tmp_path / 'photos'}"]
+    assert small.run(*images).returncode == 0
+    for path in (tmp_path / "photos" / "train" / "moon").iterdir():
+        path.unlink()
+        break
+    small.write(axes={"model.num_registers": [0, 2]}, seeds=[0])
+    refused = small.run(*images)
+    assert (refused.returncode, "Traceback" in refused.stderr) == (2, False)
+    assert "content has changed" in refused.stderr
+    assert small.run(*images, "--accept-data-change").returncode == 0

@@ -138,7 +138,8 @@ def test_drop_path_acts_in_training_only_and_a_dropped_block_is_the_identity() -
 
 def test_token_norms_are_those_of_the_residual_stream() -> None:
     ours = vit.ViT(model(2), Streams(0)).eval()
-    norms = vit.token_norms(ours, images())
+    norms, class_token = vit.token_norms(ours, images())
+    assert class_token
     assert norms.shape == (5, 3, 1 + 2 + 16)
     third = list(ours.residuals(images()))[3]
     assert torch.allclose(norms[3, 1, 1], third.registers_BRD[1, 0].norm())
