@@ -108,6 +108,7 @@ FLAGS = {
     "mixed_threads": "trials ran with different numbers of threads",
     "mixed_versions": "trials ran with different package versions",
     "no_baseline": "there is no finished baseline to compare with",
+    "no_pair": "no seed has finished both here and in the baseline",
     "no_variance": "all paired differences are equal, so there is no p-value",
     "not_finite": "a score is NaN or infinite and is not in the mean",
     "one_seed": "one seed or one pair: no spread or interval can be given",

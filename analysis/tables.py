@@ -169,7 +169,8 @@ def _row_flags(
     conditions = {
         "baseline": row["interval_method"] == IS_BASELINE,
         "mixed_steps": len({score.step for score in scores}) > 1,
-        "no_baseline": row["interval_method"] == NO_BASELINE or difference.method == statistics.NO_PAIR,
+        "no_baseline": row["interval_method"] == NO_BASELINE,
+        "no_pair": difference.method == statistics.NO_PAIR,
         "no_variance": difference.no_variance,
         "not_finite": any(math.isnan(score.value) for score in scores),
         "one_seed": row["n"] == 1 or difference.n_paired == 1,

@@ -30,6 +30,8 @@ _FINAL = frozenset({"FileNotFoundError", "NotADirectoryError", "PermissionError"
 # Errors after which a process is of no more use, since every later call to the device fails.
 _POISONOUS = frozenset({"CUDAError", "AcceleratorError"})
 
+_LOGGERS = ("trainers", "orchestrator.attempt")
+
 _MEMORY_ADVICE = "; use a smaller optim.micro_batch_size, a larger share of a GPU, or precision bf16"
 
 
@@ -134,16 +136,18 @@ def _log_to(path: Path) -> Iterator[None]:
     """Everything that our packages log goes to the attempt's own log file."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    levels = {logger: logger.level for logger in map(logging.getLogger, ("trainers", "orchestrator"))}
-    for logger in levels:
+    before = [(logger, logger.level, logger.propagate) for logger in map(logging.getLogger, _LOGGERS)]
+    for logger, _, _ in before:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        logger.propagate = False  # a trial's log is no business of the driver's console
     try:
         yield
     finally:
-        for logger, level in levels.items():
+        for logger, level, propagate in before:
             logger.removeHandler(handler)
             logger.setLevel(level)
+            logger.propagate = propagate
         handler.close()
 
 

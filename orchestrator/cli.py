@@ -121,7 +121,10 @@ def status(
 
 @app.command()
 def logs(
-    trial: Annotated[str, typer.Argument(help="A trial's id or the beginning of it, or its name.")],
+    trial: Annotated[
+        str,
+        typer.Argument(help="A trial's id, the beginning of it, or its name; SWEEP/TRIAL where two sweeps have it."),
+    ],
     storage: Storage = RUNS,
     state: State = None,
 ) -> None:
@@ -133,7 +136,10 @@ def logs(
 
 @app.command()
 def stop(
-    trial: Annotated[str, typer.Argument(help="A trial's id or the beginning of it, or its name.")],
+    trial: Annotated[
+        str,
+        typer.Argument(help="A trial's id, the beginning of it, or its name; SWEEP/TRIAL where two sweeps have it."),
+    ],
     storage: Storage = RUNS,
     state: State = None,
 ) -> None:

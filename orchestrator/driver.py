@@ -9,6 +9,7 @@ import os
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +19,20 @@ from typing import Any
 from orchestrator import estimate, local, publish, recorder, spec
 from orchestrator.attempt import TRAIN, Job
 from orchestrator.layout import SweepLayout
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Ledger, TrialRow
 from orchestrator.plan import Plan, PlannedTrial, build_plan
 from orchestrator.progress import Screen
 from orchestrator.recorder import Recorder
 from orchestrator.tracking_records import check_tracking_uri
+from trainers.catalog import is_dotted_path
+from trainers.dotted import load
 from trainers.files import write_whole
 
 log = logging.getLogger(__name__)
 
 DONE, SOME_FAILED = 0, 1
 LEAVE_SECONDS = 20.0  # after a signal, for trials to checkpoint
-TRACKING_SECONDS = 60.0  # at the end, for MLflow to catch up
+TRACKING_SECONDS = 15.0  # without any record delivered at the end, after which MLflow is given up for this run
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,16 @@ def sweep(options: Options) -> int:
         raise ValueError(f"{options.file}: {reason}")
     check_tracking_uri(options.tracking_uri or "sqlite:///")
     plan = build_plan(asked)
+    if options.address is None:
+        _check_own_parts(plan)
     layout = SweepLayout(options.storage.resolve(), options.state.resolve(), asked.name)
-    layout.ledger.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (layout.root, layout.ledger.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the folder {folder} cannot be made ({error.strerror}); give another --storage"
+            ) from error
     stop = Stop(layout.state / asked.name / f".stop-{uuid.uuid4().hex[:8]}")
     try:
         with _signals(stop), Ledger.open(layout.ledger) as ledger, Screen(asked.name, quiet=options.quiet) as screen:
@@ -140,9 +151,7 @@ class _Run:
             if pending:
                 self._train(pending, sink.notify)
             self._publish_rest()
-            deadline = time.monotonic() + (TRACKING_SECONDS / 2 if self.stop.signal is None else 2.0)
-            while sink.flush(0.5) and time.monotonic() < deadline and self.stop.signal is None:
-                pass
+            self._flush(sink)
             sink.publish_map(layout.mlflow_map)
             if self.stop.signal is not None:
                 self.screen.say("interrupted; the same command (without --rerun) goes on from the checkpoints")
@@ -150,6 +159,13 @@ class _Run:
             code = self._conclude(sink)
         self.screen.where(layout, options.tracking_uri)
         return code
+
+    def _flush(self, sink: Any) -> None:
+        """Wait for MLflow to have everything, as long as it gets further or may still come back."""
+        lacking, since = sink.flush(0.5), time.monotonic()
+        while lacking and self.stop.signal is None and time.monotonic() - since < TRACKING_SECONDS:
+            before, lacking = lacking, sink.flush(0.5)
+            since = time.monotonic() if lacking < before else since
 
     def _prepare(self) -> list[PlannedTrial]:
         """Bring ledger and plan files up to date; the trials that have to run."""
@@ -233,7 +249,7 @@ class _Run:
         try:
             yield sink
         finally:
-            lacking = sink.close(TRACKING_SECONDS / 2 if self.stop.signal is None else 3.0)
+            lacking = sink.close(TRACKING_SECONDS if self.stop.signal is None else 3.0)
         if lacking:
             self.screen.say(f"MLflow still lacks {lacking} records; the next run of this command delivers them")
 
@@ -296,12 +312,39 @@ class _Run:
         from analysis.run import analyse
 
         analysis = analyse(self.layout.root)
-        sink.log_artifacts([self.layout.tables, self.layout.figures, self.layout.report])
+        made = (self.layout.tables, self.layout.figures, self.layout.report)
+        sink.log_artifacts([path for path in made if path.exists()])
         self.screen.table(analysis.terminal)
         for line in (analysis.answer, *(f"note: {problem}" for problem in analysis.problems)):
             self.screen.say(line)
-        counts = self.ledger.counts()
-        return DONE if counts["finished"] == len(self.plan.trials) else SOME_FAILED
+        for line in failures(self.ledger.rows(), self.asked.name):
+            self.screen.say(line)
+        return DONE if self.ledger.counts()["finished"] == len(self.plan.trials) else SOME_FAILED
+
+
+def failures(rows: Sequence[TrialRow], sweep: str) -> list[str]:
+    """One line for each reason for which trials have failed or diverged, most frequent first, and where to look."""
+    reasons = [
+        f"{row.state}: {str(row.error.get('message') or row.error.get('type')).splitlines()[0][:200]}"
+        for row in rows
+        if row.error is not None
+    ]
+    lines = [f"{count} of {len(rows)} trials {reason}" for reason, count in Counter(reasons).most_common()]
+    return [*lines, f"tracebacks: orchestrate status {sweep} --failures"] if lines else []
+
+
+def _check_own_parts(plan: Plan) -> None:
+    """Import what users named by dotted path, so that a typing error is found before any trial begins.
+
+    Raises:
+        ValueError: there is no such module or attribute.
+    """
+    named: set[str] = set()
+    for trial in plan.trials:
+        config = trial.config
+        named |= {config.method, config.data.train, config.model.factory or "", *config.evaluation.probes}
+    for path in sorted(filter(is_dotted_path, named)):
+        load(path)
 
 
 def _data_key(trial: PlannedTrial) -> str:

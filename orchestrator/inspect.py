@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator import estimate, spec
 from orchestrator import plan as plans
 from orchestrator.layout import SweepLayout
-from orchestrator.ledger import Ledger, TrialRow
+from orchestrator.ledger import Ledger, LedgerError, TrialRow
 
 
 def plan(
@@ -64,11 +64,22 @@ def status(sweep: str | None, storage: Path, state: Path, *, failures: bool) -> 
         ValueError: there is no such sweep.
     """
     if sweep is None:
-        for layout in _sweeps(storage, state):
-            counts = _counts(_rows(layout))
+        layouts = list(_sweeps(storage, state))
+        for layout in layouts:
+            try:
+                counts = _counts(_rows(layout))
+            except LedgerError as error:
+                print(f"{layout.name}: {error}")
+                continue
             print(f"{layout.name}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
+        if not layouts:
+            print(f"no sweeps under {state}")
         return
     layout = _layout(sweep, storage, state)
+    if not layout.ledger.is_file():
+        raise ValueError(
+            f"{layout.ledger} is missing; running the sweep again takes finished trials from their folders"
+        )
     for row in _rows(layout):
         print(_line(row))
         if failures and row.error is not None:
@@ -165,11 +176,13 @@ def _counts(rows: Sequence[TrialRow]) -> dict[str, int]:
 
 
 def _find(trial: str, storage: Path, state: Path) -> tuple[SweepLayout, TrialRow]:
+    sweep, _, wanted = trial.rpartition("/")
     found = [
         (layout, row)
         for layout in _sweeps(storage, state)
+        if not sweep or layout.name == sweep
         for row in _rows(layout)
-        if row.trial_id.startswith(trial) or row.name == trial
+        if wanted and (row.trial_id.startswith(wanted) or row.name == wanted)
     ]
     if len(found) != 1:
         several = "; ".join(f"{layout.name}/{row.trial_id} {row.name}" for layout, row in found[:5])

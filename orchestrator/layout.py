@@ -117,11 +117,10 @@ class SweepLayout:
     def trial(self, trial_id: str) -> TrialLayout:
         return TrialLayout(self.root / "trials" / trial_id)
 
-    def other_trials(self, trial_id: str) -> Iterator[TrialLayout]:
-        """The same trial in the other sweeps under this storage."""
-        if not self.storage.is_dir():
-            return
-        for folder in sorted(self.storage.iterdir()):
+    def published(self, trial_id: str) -> Iterator[TrialLayout]:
+        """Where the trial has a result under this storage: in this sweep (its ledger may be lost), then in others."""
+        others = sorted(folder for folder in self.storage.iterdir() if folder != self.root)
+        for folder in (self.root, *others):
             candidate = TrialLayout(folder / "trials" / trial_id)
-            if folder.name != self.name and candidate.result.is_file():
+            if candidate.result.is_file():
                 yield candidate

@@ -120,7 +120,8 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         _prepare(connection, path, create=mode == "rwc")
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise LedgerError(f"{path} cannot be read ({error}); `orchestrate doctor` checks and repairs it") from error
+        advice = "move it away and run the sweep again, which takes finished trials from their folders"
+        raise LedgerError(f"{path} cannot be read ({error}); {advice}") from error
     except BaseException:
         connection.close()
         raise

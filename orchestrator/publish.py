@@ -131,9 +131,23 @@ def forget(layout: TrialLayout) -> None:
 
 
 def missing(ledger: Ledger, layouts: Mapping[str, TrialLayout]) -> list[str]:
-    """Ids of trials that are over but whose result was not published, since the driver died in between."""
-    over = [row.trial_id for row in ledger.rows() if row.result is not None]
-    return [trial_id for trial_id in over if not layouts[trial_id].result.is_file()]
+    """Ids of trials that are over but whose result or metrics are not in their folder as the ledger has them.
+
+    A driver died in between, or a file was damaged or removed since.
+    """
+    over = [row for row in ledger.rows() if row.result is not None]
+    return [row.trial_id for row in over if not _is_published(ledger, row, layouts[row.trial_id])]
+
+
+def _is_published(ledger: Ledger, row: TrialRow, layout: TrialLayout) -> bool:
+    try:
+        return (
+            layout.result.read_bytes() == _json(row.result)
+            and layout.metrics.read_bytes() == _metrics_parquet(ledger.metrics(row.trial_id))
+            and layout.config.read_bytes() == _json(row.config)
+        )
+    except FileNotFoundError:
+        return False
 
 
 def _metrics_parquet(points: Sequence[tuple[int, str, float]]) -> bytes:

@@ -140,12 +140,13 @@ class Recorder:
 
 
 def adopt(ledger: Ledger, layout: SweepLayout, trial_id: str, fingerprint: str | None) -> Path | None:
-    """Take over a planned trial that another sweep under the same storage has finished; the folder it came from.
+    """Take over a planned trial that has finished under the same storage; the folder it came from.
 
-    A trial of other data content than `fingerprint` (None: not known here) is not taken.
+    It is another sweep's, or this one's own if the ledger was lost. A trial of other data content than `fingerprint`
+    (None: not known here) is not taken.
     """
     row = ledger.row(trial_id)
-    for other in layout.other_trials(trial_id):
+    for other in layout.published(trial_id):
         published = publish.read_finished(other)
         if published is None or fingerprint not in (None, published.result.get("data_fingerprint")):
             continue
@@ -153,7 +154,8 @@ def adopt(ledger: Ledger, layout: SweepLayout, trial_id: str, fingerprint: str |
         number = own.begin_attempt(row.attempts)
         ledger.start_attempt(trial_id, number, os.uname().nodename, os.getpid())
         ledger.record_many(trial_id, number, published.metrics)
-        publish.copy_records(other, own)
+        if other != own:
+            publish.copy_records(other, own)
         ledger.finish(trial_id, number, "finished", {**published.result, "attempts": number}, None)
         publish.trial(ledger, own, trial_id)
         return other.root

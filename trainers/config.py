@@ -66,10 +66,13 @@ def _rising(lowest: float, highest: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+def _distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(names)) != len(names):
         raise ValueError(f"is {shown(names)}; each may be named once")
     return names
+
+
+_ONCE = AfterValidator(_distinct)
 
 
 class Section(BaseModel):
@@ -184,8 +187,8 @@ class TokensConfig(Section):
 class LinearConfig(Section):
     """Linear classification on frozen features, the official DINOv2 grid of learning rates, all heads at once."""
 
-    learning_rates: Annotated[tuple[float, ...], BeforeValidator(_listed)] = Field(
-        (1e-3, 3e-3, 1e-2, 3e-2, 0.1), min_length=1, description="per 256 images; 13 from 1e-5 to 0.1 in DINOv2"
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], BeforeValidator(_listed), _ONCE] = (
+        Field((1e-3, 3e-3, 1e-2, 3e-2, 0.1), min_length=1, description="per 256 images; 13 from 1e-5 to 0.1 in DINOv2")
     )
     steps: int = Field(500, ge=1, le=1_000_000, description="12,500 in DINOv2")
     batch_size: int = Field(256, ge=1, le=65_536)
@@ -194,7 +197,9 @@ class LinearConfig(Section):
 class KnnConfig(Section):
     """Weighted k-nearest-neighbour classification (official DINOv2 protocol)."""
 
-    k: Annotated[tuple[int, ...], BeforeValidator(_listed)] = Field((10, 20, 100, 200), min_length=1)
+    k: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], BeforeValidator(_listed), _ONCE] = Field(
+        (10, 20, 100, 200), min_length=1
+    )
     temperature: float = Field(0.07, gt=0, le=10)
 
 

@@ -19,6 +19,7 @@ from trainers import catalog, probes, vit
 from trainers.augment import evaluation_view
 from trainers.config import EvaluationConfig, TrialConfig, trial_id
 from trainers.data import DataSet, Split
+from trainers.dotted import Loaded, load
 from trainers.files import write_whole
 from trainers.probes.features import Features, evaluating, extract, training_subset
 from trainers.streams import Streams
@@ -143,10 +144,10 @@ class Evaluation:
         _write_table(pa.concat_tables(tables) if tables else _PER_IMAGE.empty_table(), directory / "per_image.parquet")
 
 
-def _fits(evaluation: EvaluationConfig) -> Iterator[tuple[str, vit.Loaded]]:
+def _fits(evaluation: EvaluationConfig) -> Iterator[tuple[str, Loaded]]:
     for name in evaluation.probes:
         path = catalog.PROBES[name].build if name in catalog.PROBES else name
-        yield name, vit.load(path)
+        yield name, load(path)
 
 
 def _write_table(table: pa.Table, path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trainers import catalog, checkpoint, optim, vit
 from trainers.config import TrialConfig, trial_id
 from trainers.data import open_data
+from trainers.dotted import load
 from trainers.evaluate import Evaluation
 from trainers.loader import TARGETS, Order, batches, split_batch
 from trainers.methods import Batch, Method, Progress
@@ -78,6 +79,9 @@ def train(
     Raises:
         ValueError: the data set or a setting cannot be used on this machine.
     """
+    if not isinstance(config, TrialConfig) or not isinstance(config.model.image_size, int):
+        raise ValueError("config is not a resolved TrialConfig; trainers.config.resolve makes one from settings")
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     training = _Training(config, directory, cache or directory.parent / "cache")
     training.resume([*resume_from, directory / "checkpoints"], report)
@@ -116,7 +120,7 @@ class _Training:
 
     def _build_method(self) -> Method:
         name = self.config.method
-        build = vit.load(catalog.METHODS[name].build if name in catalog.METHODS else name)
+        build = load(catalog.METHODS[name].build if name in catalog.METHODS else name)
         return cast(Method, build(self.config, self.backbone, len(self.data.class_names), self.streams))
 
     def _build_token_stream(self) -> TrainingStream | None:

@@ -6,7 +6,6 @@ Order of tokens: class, registers, patches. Layer 0 enters the first block, laye
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 
 from trainers import catalog
 from trainers.config import ModelConfig
+from trainers.dotted import load
 from trainers.streams import Streams
 
 Tap = Callable[[int, Tensor], None]  # layer, residual stream x_BTD
-Loaded = Callable[..., object]
 
 
 class Tokens(NamedTuple):
@@ -235,16 +234,3 @@ def build(model: ModelConfig, streams: Streams) -> nn.Module:
         asked = f"model.num_registers is {model.num_registers}"
         raise ValueError(f"{asked}, but model.factory {model.factory!r} gave {backbone.num_registers} registers")
     return backbone
-
-
-def load(path: str) -> Loaded:
-    """The attribute that a dotted path `package.module:attribute` names.
-
-    Raises:
-        ValueError: there is no such module or attribute.
-    """
-    module, _, attribute = path.partition(":")
-    try:
-        return cast(Loaded, getattr(importlib.import_module(module), attribute))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{path!r} cannot be loaded: {error}") from error

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator import local, publish, recorder
 from orchestrator.attempt import Job, Outcome, Report, failure, run_attempt
+from orchestrator.driver import failures
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
@@ -352,3 +353,36 @@ def test_speed_and_time_left_do_not_count_what_is_reported_again() -> None:
     assert live.first_step is None
     live.reached(60)
     assert live.first_step == 60
+
+
+def test_a_lost_ledger_is_made_again_from_the_folders(driver: Driver) -> None:
+    driver.run("finishes")
+    metrics = driver.ledger.metrics(driver.trial.trial_id)
+    driver.ledger.close()
+    for path in driver.layout.ledger.parent.glob("ledger.db*"):
+        path.unlink()
+    with Ledger.open(driver.layout.ledger) as ledger:
+        ledger.plan([driver.trial])
+        assert recorder.adopt(ledger, driver.layout, driver.trial.trial_id, "f") == driver.folder.root
+        assert ledger.metrics(driver.trial.trial_id) == metrics
+    assert driver.folder.checkpoints.is_dir()
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.parquet", "config.json"])
+def test_a_damaged_file_is_published_again(driver: Driver, name: str) -> None:
+    driver.run("finishes")
+    layouts = {driver.trial.trial_id: driver.folder}
+    path = driver.folder.root / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert publish.missing(driver.ledger, layouts) == [driver.trial.trial_id]
+    publish.trial(driver.ledger, driver.folder, driver.trial.trial_id)
+    assert path.read_bytes() == whole
+
+
+def test_failures_are_told_by_reason(driver: Driver) -> None:
+    driver.run("raises")
+    rows = driver.ledger.rows()
+    lines = failures(rows, "small")
+    assert lines[0] == "1 of 1 trials failed: a setting is wrong"
+    assert "orchestrate status small --failures" in lines[1]

@@ -301,7 +301,7 @@ def test_a_missing_ledger_a_newer_one_and_a_damaged_one_are_refused(ledger: Ledg
         with pytest.raises(LedgerError, match=r"newer version .*99"):
             Ledger.open(path, writer=writer)
     path.write_bytes(b"not a database at all" * 100)
-    with pytest.raises(LedgerError, match="doctor"):
+    with pytest.raises(LedgerError, match="move it away"):
         Ledger.open(path)
 
 

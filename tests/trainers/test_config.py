@@ -58,7 +58,6 @@ class TestIdentity:
             "execution.device": "cuda",
             "execution.threads": 3,
             "execution.data_root": "/elsewhere",
-            "execution.compile": True,
             "execution.checkpoint_seconds": 1.0,
             "execution.keep_checkpoints": 9,
         }

@@ -35,7 +35,7 @@ def test_a_users_own_data_set_by_dotted_path(tmp_path: Path, monkeypatch: pytest
     automatic = open_data(config.model_copy(update={"decode_size": "auto"}), ExecutionConfig(), 28, tmp_path / "cache")
     assert automatic.train.images.shape[1] == 32
     for wrong in ("own_data_of_test:missing", "no_such_module_of_test:build"):
-        with pytest.raises(ValueError, match=f"data.train: '{wrong}' cannot be imported"):
+        with pytest.raises(ValueError, match=f"'{wrong}' cannot be loaded"):
             open_data(config.model_copy(update={"train": wrong}), ExecutionConfig(), 28, tmp_path)
 
 

@@ -25,7 +25,8 @@ def real_norms() -> np.ndarray:
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.mul_(3).add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-        return token_norms(backbone, torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(2))).numpy()
+        norms, _ = token_norms(backbone, torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(2)))
+        return norms.numpy()
 
 
 def _by_hand(group: np.ndarray) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
+from trainers.dotted import load
 
 if TYPE_CHECKING:
     from trainers.data.cache import Source
@@ -84,9 +84,20 @@ def open_data(
     Raises:
         ValueError: files are missing or damaged, or a setting is impossible; one line that says what to do.
     """
-    from trainers.data.cache import open_source
+    from trainers.data.cache import Source, open_source
 
-    source = _builder(config.train)(config, execution, _side(config, image_size), cache)
+    own = config.train not in catalog.DATASETS
+    build = load(config.train if own else catalog.DATASETS[config.train].build)
+    try:
+        source = build(config, execution, _side(config, image_size), cache)
+    except TypeError as error:
+        if own:  # most likely it is no builder at all
+            raise ValueError(f"data.train {config.train!r} is not a builder of a data set: {error}") from error
+        raise
+    if not isinstance(source, Source):
+        raise ValueError(
+            f"data.train {config.train!r} gave {type(source).__name__}; needed: trainers.data.cache.Source"
+        )
     return open_source(source, cache, progress or _quiet)
 
 
@@ -104,14 +115,3 @@ def _side(config: DataConfig, image_size: int) -> int:
     if config.decode_size == "original":
         raise ValueError("data.decode_size: streaming of original sizes is not available; set data.decode_size in px")
     return image_size * 8 // 7
-
-
-def _builder(train: str) -> Builder:
-    """The builder that the catalog lists for `train`, or that a dotted path `package.module:build` names."""
-    dotted = catalog.DATASETS[train].build if train in catalog.DATASETS else train
-    module, _, attribute = dotted.partition(":")
-    try:
-        builder: Builder = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"data.train: {train!r} cannot be imported: {error}") from error
-    return builder
