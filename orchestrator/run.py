@@ -50,6 +50,8 @@ def cluster(address: str | None = None) -> Iterator[Any]:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if address is not None and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # connecting, unlike starting, does not look for one
     import ray
 
     was_connected = ray.is_initialized()
@@ -57,12 +59,20 @@ def cluster(address: str | None = None) -> Iterator[Any]:
         try:
             _connect(ray, address)
         except ConnectionError as error:
-            raise ValueError(f"no Ray cluster answers at {address!r}: {error}") from error
+            raise ValueError(
+                f"no Ray cluster answers at {address!r}, or it refuses our token (RAY_AUTH_TOKEN or ~/.ray/auth_token, "
+                f"RAY_AUTH_MODE={os.environ.get('RAY_AUTH_MODE', 'not set')}): {error}"
+            ) from error
     try:
         yield ray
     finally:
         if not was_connected:
             ray.shutdown()
+
+
+def _has_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return "RAY_AUTH_TOKEN" in os.environ or Path(named or Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _connect(ray: Any, address: str | None) -> None:

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -123,3 +126,25 @@ def test_a_second_driver_is_refused_at_once_naming_the_first(tmp_path: Path) -> 
     assert time.monotonic() - started < 5
     driver.send_signal(signal.SIGTERM)
     driver.communicate(timeout=60)
+
+
+def test_the_same_command_runs_on_a_cluster_that_is_already_there(undisturbed: Small, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    start += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={tempfile.mkdtemp(prefix='ray-')}"]
+    head = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+    try:
+        assert head.stdout is not None
+        for line in head.stdout:
+            if "block until terminated" in line or "will now block" in line:
+                break
+        small = Small(tmp_path, steps=60)
+        small.write()
+        done = small.run("--address", f"127.0.0.1:{port}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        check_whole(small, undisturbed)
+    finally:
+        head.terminate()
+        head.communicate(timeout=60)
