@@ -82,6 +82,15 @@ class NormMap:
     norms: np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A metric of one trial along its training: `label` says which cell of its panel it belongs to."""
+
+    label: str
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
 def against_axis(name: str, metric: str, points: Sequence[Point], xs: Sequence[Any], x_label: str) -> Drawn:
     """A metric against an axis: the seeds as small points joined where they are paired, their mean as a line.
 
@@ -114,6 +123,40 @@ def against_axis(name: str, metric: str, points: Sequence[Point], xs: Sequence[A
         png,
         svg,
     )
+
+
+def training_curves(panels: Mapping[str, Sequence[Curve]]) -> Drawn:
+    """The training loss against steps, one panel a series, since losses of different methods have their own scales."""
+    shown = dict(list(panels.items())[:_MOST_PANELS])
+    columns = min(len(shown), 3) if len(shown) != 4 else 2
+    rows = math.ceil(len(shown) / columns)
+    labels = list(dict.fromkeys(curve.label for curves in shown.values() for curve in curves))[: len(COLOURS)]
+    with _style():
+        figure = Figure(figsize=(max(2.7 * columns + 0.6, 4.6), 2.1 * rows + 0.6), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (title, curves) in zip(grid, shown.items(), strict=False):
+            axes.set_title(title, fontsize=9)
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+            for curve in (c for c in curves if c.label in labels):
+                colour = COLOURS[labels.index(curve.label)]
+                axes.plot(curve.steps, curve.values, color=colour, linewidth=0.9, alpha=0.8, label=curve.label or None)
+        for axes in grid[len(shown) :]:
+            axes.set_visible(False)
+        figure.supxlabel("step", fontsize=9)
+        figure.supylabel("training loss", fontsize=9)
+        handles, names = _legend_of(list(grid[: len(shown)]))
+        if len(names) > 1:
+            figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * columns), fontsize=8)
+        png, svg = _render(figure)
+    caption = "Mean loss since the point before, one line a trial. Losses of different methods cannot be compared."
+    if len(panels) > len(shown):
+        caption += f" The first {len(shown)} of {len(panels)} panels are drawn."
+    ends = [f"{t or 'all'}: from {_mean_end(c, 0):.4g} to {_mean_end(c, -1):.4g}" for t, c in shown.items()]
+    return Drawn("train_loss", "Training loss", caption, f"Mean training loss. {'; '.join(ends)}.", png, svg)
+
+
+def _mean_end(curves: Sequence[Curve], end: int) -> float:
+    return sum(curve.values[end] for curve in curves) / len(curves)
 
 
 def norms_by_layer(bands: Sequence[LayerBand]) -> Drawn:

@@ -21,6 +21,7 @@ from analysis.schemas import canonical
 from analysis.tables import Scores
 
 OUTLIERS = "tokens/last/outlier_fraction"
+LOSS = "train/loss"
 _MOST_METRICS = 6
 _MOST_SERIES = 4  # layer and map pictures: one for each series
 _WEIGHTS = ("teacher", "raw", "ema")  # the first of these that a trial has is what its recipe evaluates
@@ -59,6 +60,10 @@ def draw(frames: Frames, scores: Scores) -> Pictures:
         ]
         if points:
             drawn.append(figures.against_axis(name, metric, points, layout.xs, layout.x_label))
+    if curves := _curves(frames, layout):
+        drawn.append(figures.training_curves(curves))
+    else:
+        problems.append("the training loss is not drawn: no trial has reported it")
     bands = _bands(frames, layout)
     maps = _maps(frames, layout, problems)
     for number, label in enumerate(list(layout.series)[:_MOST_SERIES]):
@@ -115,6 +120,24 @@ def _metrics(frames: Frames, scores: Scores, problems: list[str]) -> Iterator[tu
         if metric in scores and metric not in chosen.values():
             chosen[re.sub(r"[^A-Za-z0-9]+", "_", metric).strip("_")] = metric
     yield from list(chosen.items())[:_MOST_METRICS]
+
+
+def _curves(frames: Frames, layout: _Layout) -> dict[str, list[figures.Curve]]:
+    """The training loss of all trials that are over, finished or not, by series."""
+    losses = frames.metrics.filter(pc.field("name") == LOSS)
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in losses.to_pylist():
+        if np.isfinite(row["value"]):
+            points.setdefault(row["trial_id"], []).append((row["step"], row["value"]))
+    curves: dict[str, list[figures.Curve]] = {}
+    for label, members in layout.series.items():
+        for cell in members:
+            for trial in cell.trials:
+                if trial.trial_id in points:
+                    steps, values = zip(*sorted(points[trial.trial_id]), strict=True)
+                    curve = figures.Curve(_panel(cell, layout.axis), steps, values)
+                    curves.setdefault(label, []).append(curve)
+    return curves
 
 
 def _panel(cell: Cell, axis: str | None) -> str:
