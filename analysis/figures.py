@@ -152,7 +152,14 @@ def training_curves(panels: Mapping[str, Sequence[Curve]]) -> Drawn:
     if len(panels) > len(shown):
         caption += f" The first {len(shown)} of {len(panels)} panels are drawn."
     ends = [f"{t or 'all'}: from {_mean_end(c, 0):.4g} to {_mean_end(c, -1):.4g}" for t, c in shown.items()]
-    return Drawn("train_loss", "Training loss", caption, f"Mean training loss. {'; '.join(ends)}.", png, svg)
+    return Drawn(
+        "train_loss",
+        "Training loss",
+        caption,
+        f"Mean training loss over trials, first and last point. {'; '.join(ends)}.",
+        png,
+        svg,
+    )
 
 
 def _mean_end(curves: Sequence[Curve], end: int) -> float:
