@@ -35,6 +35,7 @@ test-slow: install
 	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu"
 
 bench: install
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[bench]'
 	$(OFFLINE) $(BIN)/python -m benchmarks
 
 constraints: install

@@ -6,7 +6,7 @@ from __future__ import annotations
 BENCHMARKS = {
     "startup": "benchmarks.startup:measure",  # the command line, against seconds
     "token_statistics": "benchmarks.token_statistics:measure",  # against the training step without them
-    "plain_loop": "benchmarks.plain_loop:measure",  # training step, against hand-written loops
+    "trainer_throughput": "benchmarks.trainer_throughput:measure",  # training step, against others' loops
     "machine_share": "benchmarks.machine_share:measure",  # training step, against what the cores can do
     "sweep_overhead": "benchmarks.sweep_overhead:measure",  # a sweep, against trials in a bare loop
     "trial_turnaround": "benchmarks.trial_turnaround:measure",  # no-op trials, against fresh processes

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from orchestrator import publish, run, spec
-from orchestrator.attempt import Job
+from orchestrator.attempt import TRAIN, Job
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial, build_plan
@@ -31,7 +31,7 @@ def sweep(
     seeds: Sequence[int],
     between: Between,
     *,
-    train: str | None = None,
+    train: str = TRAIN,
     flush_every: int = 1,
     stop_after: float = 150.0,
 ) -> None:
@@ -80,7 +80,7 @@ def _plan(folder: Path, trial: Mapping[str, Any], seeds: Sequence[int]) -> Seque
     return build_plan(spec.read_sweep(file)).trials
 
 
-def _job(planned: PlannedTrial, layout: SweepLayout, cache: Path, train: str | None) -> Job:
+def _job(planned: PlannedTrial, layout: SweepLayout, cache: Path, train: str) -> Job:
     return Job(
         trial_id=planned.trial_id,
         name=planned.name,
@@ -89,7 +89,7 @@ def _job(planned: PlannedTrial, layout: SweepLayout, cache: Path, train: str | N
         cache=str(cache),
         stop_file=str(layout.root / ".stop"),
         threads=1,
-        **({} if train is None else {"train": train}),
+        train=train,
     )
 
 

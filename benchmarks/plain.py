@@ -50,13 +50,15 @@ class Loop:
         self.batches = batches
         assert config.deit3 is not None
         self.smoothing = config.deit3.smoothing
+        self.is_bf16 = config.precision == "bf16"
 
     def steps(self, count: int) -> float:
         """Train on so many batches; seconds."""
         started = time.perf_counter()
         for _ in range(count):
             images, targets = next(self.batches)
-            loss = F.cross_entropy(self.model(images), targets, label_smoothing=self.smoothing)
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16):
+                loss = F.cross_entropy(self.model(images), targets, label_smoothing=self.smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -7,12 +7,15 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 CONFIDENCE = 0.95
+PACKAGES = ("torch", "torchvision", "timm", "ray", "lightly")  # their versions stand beside the numbers
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,46 @@ def rounded(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What the numbers depend on; the load average tells whether others used the machine."""
+def machine(threads: int, device: str | None = None, commit: str | None = None) -> dict[str, Any]:
+    """What the numbers depend on; the load average tells whether others used the machine.
+
+    Args:
+        threads: of a training loop.
+        device: name of the accelerator; None where the processor is measured.
+        commit: of this code, where it is known and there is no repository to ask; what is not there is null.
+    """
+    processor = _processor()
     return {
+        "device": device or processor,
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
-        "processor": _processor(),
+        "processor": processor,
         "load_average": [round(load, 2) for load in os.getloadavg()],
+        "commit": commit or _commit(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "torchvision", "timm", "ray")},
+        **{name: _version(name) for name in PACKAGES},
     }
+
+
+def _commit() -> str | None:
+    """Git commit of this code; "+" marks changes."""
+    try:
+        commit, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -63,6 +63,7 @@ def _holds(condition: Condition, settings: Mapping[str, Any]) -> bool:
 
 def _recipe(settings: Mapping[str, Any]) -> Mapping[str, object]:
     """The preset's settings; none where there is no such preset, which resolving the cell will report."""
-    method = settings.get("method", TrialConfig.model_fields["method"].default)
-    name = settings.get("preset", TrialConfig.model_fields["preset"].default)
-    return presets.PRESETS.get(method, {}).get(name, {})
+    try:
+        return presets.recipe(settings)[1]
+    except ValueError:
+        return {}

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -147,6 +147,25 @@ def stop(
     from orchestrator import inspect
 
     inspect.stop(trial, storage, state or storage)
+
+
+@app.command()
+def export(
+    trial: Annotated[
+        str,
+        typer.Argument(help="A trial's id, the beginning of it, or its name; SWEEP/TRIAL where two sweeps have it."),
+    ],
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write. [default: with the trial]")] = None,
+    weights: Annotated[
+        Literal["evaluated", "raw", "ema", "teacher"], typer.Option(help="Which of the trial's weights.")
+    ] = "evaluated",
+    storage: Storage = RUNS,
+    state: State = None,
+) -> None:
+    """Write a trial's newest weights as a folder that timm loads (safetensors)."""
+    from orchestrator import export
+
+    export.export(trial, to, weights, storage, state or storage)
 
 
 @app.command()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestrator.plan import PlannedTrial
 from trainers.catalog import MODEL_SIZES, ModelSize
-from trainers.config import TrialConfig
+from trainers.config import HeadConfig, OpenCLIPConfig, TrialConfig
 
-MLP_RATIO = 4
+MLP_RATIO = 4  # also of gated MLPs, which are narrower by a third and have three matrices
 NUM_CLASSES = 1_000  # assumed: the head is under 0.1 % of the FLOPs of all but the smallest models
 
 # Assumed sustained FLOP/s, since nothing has been measured yet: a GPU at about a fifth of an H100's bf16 peak, as the
@@ -20,7 +21,10 @@ ASSUMED_CPU_FLOPS = 6.0e10  # of a core
 ASSUMED_TRIAL_SECONDS = 2.0  # fixed share of a trial: set-up, writing, small models' overhead
 
 _TRAINING_STEP = 3  # forward, and backward at twice its cost
+_GLOBAL_CROPS = 2  # of DINO and DINOv2; the teacher sees no other
+_VOCABULARY = 49_408  # tokens of open_clip's own tokeniser
 _ACTIVATION_BYTES = 34  # per token, width and block in 16 bits, attention not kept (Korthikanti et al. 2022, eq. 1)
+_INPUT_BYTES = 2  # of these the block's input, which is all that activation checkpointing keeps
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,14 @@ class Cost:
         return asdict(self)
 
 
+class _Head(NamedTuple):
+    """A projection head and how many tokens of an image the student's and the teacher's are applied to."""
+
+    settings: HeadConfig
+    student: float
+    teacher: float
+
+
 def forward_flops(
     size: ModelSize, num_patches: int, num_registers: int = 0, patch_size: int = 16, num_classes: int = NUM_CLASSES
 ) -> float:
@@ -49,9 +61,81 @@ def forward_flops(
     F(T) = L·[(8 + 4ρ)·T·D² + 4·T²·D] + 6·p²·N·D + 2·D·C with T = N + 1 + R tokens (see docs on performance):
     projections and MLP, attention, patch embedding of three channels, head.
     """
-    tokens, width = num_patches + 1 + num_registers, size.width
-    blocks = size.depth * ((8 + 4 * MLP_RATIO) * tokens * width**2 + 4 * tokens**2 * width)
-    return float(blocks + 6 * patch_size**2 * num_patches * width + 2 * width * num_classes)
+    blocks = _block_flops(size.depth, size.width, num_patches + 1 + num_registers)
+    return float(blocks + 6 * patch_size**2 * num_patches * size.width + 2 * size.width * num_classes)
+
+
+def _block_flops(depth: int, width: int, tokens: int) -> int:
+    return depth * ((8 + 4 * MLP_RATIO) * tokens * width**2 + 4 * tokens**2 * width)
+
+
+def training_flops(config: TrialConfig) -> float:
+    """FLOPs that one image costs in a training step, the optimiser and the losses left out.
+
+    deit3, and methods of a user's own: 3·F, forward and backward. openclip: 3·F of both towers, captions as long as the
+    context. dino and dinov2: 3·F of the student on two global and all local crops, F of the teacher on the global ones,
+    and the heads on class tokens and, in dinov2, on masked patches. Batch-subset stochastic depth takes away its rate
+    from the student's blocks; activation checkpointing and accumulation over cached features add a forward pass.
+    """
+    passes = _TRAINING_STEP + config.execution.activation_checkpointing
+    text = config.openclip
+    if text is not None:
+        passes += config.optim.micro_batch_size != config.optim.batch_size
+        return passes * (_forward(config, text.embed_dim) + _text_flops(text))
+    if not _heads(config):
+        return passes * (_forward(config) - _saved_by_subsets(config, _patches(config)))
+    student = sum(n * (_crop_flops(config, p) - _saved_by_subsets(config, p)) for p, n in _crops(config))
+    heads = sum(
+        _head_flops(config, head.settings) * (_TRAINING_STEP * head.student + head.teacher) for head in _heads(config)
+    )
+    return passes * student + _GLOBAL_CROPS * _crop_flops(config, _patches(config)) + heads
+
+
+def _crop_flops(config: TrialConfig, patches: int) -> float:
+    """Forward pass of one crop through the backbone, which has no classifier."""
+    model = config.model
+    return forward_flops(MODEL_SIZES[model.size], patches, model.num_registers, model.patch_size, num_classes=0)
+
+
+def _saved_by_subsets(config: TrialConfig, patches: int) -> float:
+    size = MODEL_SIZES[config.model.size]
+    return (1 - _kept(config)) * _block_flops(size.depth, size.width, patches + 1 + config.model.num_registers)
+
+
+def _kept(config: TrialConfig) -> float:
+    """The share of images that a residual branch is computed for."""
+    rate, group = config.model.drop_path, config.model.drop_path_group
+    return 1.0 if group is None else max(int(group * (1 - rate)), 1) / group
+
+
+def _text_flops(text: OpenCLIPConfig) -> float:
+    """Forward pass of one caption, its projection included."""
+    blocks = _block_flops(text.text_layers, text.text_width, text.context_length)
+    return float(blocks + 2 * text.text_width * text.embed_dim)
+
+
+def _heads(config: TrialConfig) -> list[_Head]:
+    """The projection heads of DINO and DINOv2; none for other methods."""
+    settings = config.dino or config.dinov2
+    if settings is None:
+        return []
+    heads = [_Head(settings.head, _GLOBAL_CROPS + settings.crops.num_local, _GLOBAL_CROPS)]
+    if config.dinov2 is not None and config.dinov2.ibot_weight > 0:
+        share = config.dinov2.mask_probability * sum(config.dinov2.mask_ratio) / 2
+        masked = _GLOBAL_CROPS * share * _patches(config)
+        heads.append(_Head(config.dinov2.ibot_head or settings.head, masked, masked))
+    return heads
+
+
+def _head_flops(config: TrialConfig, head: HeadConfig) -> float:
+    """One token through a head: two per weight."""
+    return 2.0 * sum(a * b for a, b in _head_layers(config, head))
+
+
+def _head_layers(config: TrialConfig, head: HeadConfig) -> list[tuple[int, int]]:
+    """Inputs and outputs of the linear layers of the MLP and, last, of the prototypes."""
+    sizes = [MODEL_SIZES[config.model.size].width, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
+    return list(itertools.pairwise(sizes))
 
 
 def parameters(size: ModelSize, num_patches: int, num_registers: int = 0, patch_size: int = 16) -> int:
@@ -64,27 +148,72 @@ def parameters(size: ModelSize, num_patches: int, num_registers: int = 0, patch_
 
 def trial_flops(config: TrialConfig) -> float:
     """FLOPs of a trial: its training steps, and the forward passes of probes and token statistics."""
-    forward = _forward(config)
-    training = _TRAINING_STEP * forward * config.optim.steps * config.optim.batch_size
+    training = training_flops(config) * config.optim.steps * config.optim.batch_size
     evaluation = config.evaluation
     images = config.tokens.probe_images + (evaluation.train_images if evaluation.probes else 0)
-    return training + evaluation.points * images * forward
+    return training + evaluation.points * images * _forward(config)
 
 
 def memory_bytes(config: TrialConfig) -> int:
-    """Rough peak memory of a rank: fp32 weights, gradients, optimiser state and EMA, and the activations of a batch."""
-    size, optim = MODEL_SIZES[config.model.size], config.optim
-    copies = 2 + _optimizer_copies(config) + (optim.ema_decay is not None)
+    """Rough peak memory of a rank that trains alone.
+
+    In fp32 weights, gradients and optimiser state of all that learns, the averaged backbone, and the teacher; the
+    activations of the student's blocks and of the text tower; and logits over prototypes or pairs.
+    """
+    optim = config.optim
     micro = optim.micro_batch_size if isinstance(optim.micro_batch_size, int) else optim.batch_size
-    tokens = _patches(config) + 1 + config.model.num_registers
+    state = (2 + _optimizer_copies(config)) * _trained(config) + _copies(config)
+    size, text = MODEL_SIZES[config.model.size], config.openclip
+    activations = _activation_bytes(config, _tokens(config) * micro * _kept(config), size.width, size.depth)
+    if text is not None:
+        activations += _activation_bytes(config, text.context_length * micro, text.text_width, text.text_layers)
+        activations += 4 * 2 * micro * optim.batch_size
+    for head in _heads(config):  # the student's logits and their gradient, and the teacher's
+        activations += 4 * micro * head.settings.prototypes * (2 * head.student + head.teacher)
+    return 4 * state + round(activations)
+
+
+def _activation_bytes(config: TrialConfig, tokens: float, width: int, depth: int) -> float:
     precision = 2 if config.precision == "fp32" else 1
-    return 4 * copies * _parameters(config) + _ACTIVATION_BYTES * precision * micro * tokens * size.width * size.depth
+    kept = _ACTIVATION_BYTES * depth
+    if config.execution.activation_checkpointing:
+        kept = _INPUT_BYTES * depth + _ACTIVATION_BYTES
+    return kept * precision * tokens * width
 
 
 def checkpoint_bytes(config: TrialConfig) -> int:
-    """Disk of a trial's kept checkpoints: fp32 weights, optimiser state and EMA."""
-    copies = 1 + _optimizer_copies(config) + (config.optim.ema_decay is not None)
-    return 4 * copies * _parameters(config) * config.execution.keep_checkpoints
+    """Disk of a trial's kept checkpoints: fp32 weights, optimiser state, averaged backbone and teacher."""
+    count = config.execution.keep_checkpoints + len(config.execution.keep_steps)
+    return 4 * ((1 + _optimizer_copies(config)) * _trained(config) + _copies(config)) * count
+
+
+def _trained(config: TrialConfig) -> int:
+    """Parameters that learn: of the backbone, of projection heads, and of the text tower with both projections.
+
+    DeiT-III's classifier is left out, since the number of classes is not known here.
+    """
+    text = config.openclip
+    heads = {id(head.settings): _head_layers(config, head.settings) for head in _heads(config)}
+    # Every layer of a head has biases but the prototypes.
+    count = _parameters(config) + sum(a * b + b for layers in heads.values() for a, b in layers[:-1])
+    count += sum(layers[-1][0] * layers[-1][1] for layers in heads.values())
+    if text is not None:
+        width = text.text_width
+        block = (4 + 2 * MLP_RATIO) * width**2 + (4 + MLP_RATIO + 1 + 4) * width
+        count += (_VOCABULARY + text.context_length) * width + text.text_layers * block + 2 * width
+        count += (width + MODEL_SIZES[config.model.size].width) * text.embed_dim
+    return count
+
+
+def _copies(config: TrialConfig) -> int:
+    """Parameters that follow others: of the averaged backbone, and of the teacher."""
+    averaged = _parameters(config) if config.optim.ema_decay is not None else 0
+    return averaged + (_trained(config) if _heads(config) else 0)
+
+
+def _tokens(config: TrialConfig) -> int:
+    """Tokens of an image for which activations are kept: of all crops that the student sees."""
+    return sum(count * (patches + 1 + config.model.num_registers) for patches, count in _crops(config))
 
 
 def estimate(trials: Sequence[PlannedTrial]) -> Cost:
@@ -113,9 +242,20 @@ def _patches(config: TrialConfig) -> int:
     return (config.model.image_size // config.model.patch_size) ** 2
 
 
-def _forward(config: TrialConfig) -> float:
+def _crops(config: TrialConfig) -> list[tuple[int, int]]:
+    """Patches of a crop and how many such crops of an image the method trains on; the image itself is one."""
+    settings = config.dino or config.dinov2
+    if settings is None:
+        return [(_patches(config), 1)]
+    assert isinstance(settings.crops.local_size, int), "the configuration is not resolved"
+    local = (settings.crops.local_size // config.model.patch_size) ** 2
+    return [(_patches(config), _GLOBAL_CROPS), (local, settings.crops.num_local)]
+
+
+def _forward(config: TrialConfig, num_classes: int = NUM_CLASSES) -> float:
     model = config.model
-    return forward_flops(MODEL_SIZES[model.size], _patches(config), model.num_registers, model.patch_size)
+    size = MODEL_SIZES[model.size]
+    return forward_flops(size, _patches(config), model.num_registers, model.patch_size, num_classes)
 
 
 def _parameters(config: TrialConfig) -> int:

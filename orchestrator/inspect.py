@@ -101,7 +101,7 @@ def logs(trial: str, storage: Path, state: Path) -> None:
     Raises:
         ValueError: no trial, or more than one, is meant.
     """
-    layout, row = _find(trial, storage, state)
+    layout, row = find(trial, storage, state)
     folder = layout.trial(row.trial_id)
     for number in folder.attempts():
         print(f"=== {row.name}, attempt {number} ===")
@@ -117,7 +117,7 @@ def stop(trial: str, storage: Path, state: Path) -> None:
     Raises:
         ValueError: no trial, or more than one, is meant, or it is not running.
     """
-    layout, row = _find(trial, storage, state)
+    layout, row = find(trial, storage, state)
     if row.state != "running":
         raise ValueError(f"{row.name} is {row.state}; only a running trial can be stopped")
     layout.trial(row.trial_id).stop_request.touch()
@@ -175,7 +175,7 @@ def _counts(rows: Sequence[TrialRow]) -> dict[str, int]:
     return counts
 
 
-def _find(trial: str, storage: Path, state: Path) -> tuple[SweepLayout, TrialRow]:
+def find(trial: str, storage: Path, state: Path) -> tuple[SweepLayout, TrialRow]:
     sweep, _, wanted = trial.rpartition("/")
     found = [
         (layout, row)

@@ -8,7 +8,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -92,7 +92,7 @@ def trial(ledger: Ledger, layout: TrialLayout, trial_id: str) -> None:
     """
     row = ledger.row(trial_id)
     write_whole(layout.log_file, _logs(layout))
-    _settle_checkpoints(layout)
+    _settle_checkpoints(layout, row.config["execution"].get("keep_steps", ()))
     write_whole(layout.config, _json(row.config))
     write_whole(layout.metrics, _metrics_parquet(ledger.metrics(trial_id)))
     write_whole(layout.result, _json(row.result))
@@ -103,19 +103,31 @@ def _logs(layout: TrialLayout) -> bytes:
     return b"".join(layout.log(n).read_bytes() for n in layout.attempts() if layout.log(n).is_file())
 
 
-def _settle_checkpoints(layout: TrialLayout) -> None:
+def _settle_checkpoints(layout: TrialLayout, keep_steps: Collection[int]) -> None:
     """Keep the folder with the newest checkpoint of any attempt as the trial's, and free the others.
 
-    A trial that was resumed after its last step has written none of its own; one that failed will be tried again.
+    The steps that are to be kept for ever go there from all attempts. A trial that was resumed after its last step has
+    written none of its own; one that failed will be tried again.
     """
     folders = [folder for folder in layout.checkpoint_folders() if folder.is_dir()]
     newest = max(folders, key=lambda folder: max((p.name for p in folder.glob("step_*.pt")), default=""), default=None)
+    if newest is not None:
+        for folder in folders:
+            _move_kept(folder, newest, keep_steps)
     if newest is not None and newest != layout.checkpoints:
         shutil.rmtree(layout.checkpoints, ignore_errors=True)
         newest.replace(layout.checkpoints)
     for folder in layout.checkpoint_folders():
         if folder != layout.checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_kept(source: Path, target: Path, steps: Collection[int]) -> None:
+    for path in [source / f"step_{step:09d}.pt" for step in steps]:
+        checksum = path.with_name(path.name + ".sha256")
+        if path.is_file() and checksum.is_file() and not (target / path.name).exists():
+            checksum.replace(target / checksum.name)  # first: without it the checkpoint counts as damaged
+            path.replace(target / path.name)
 
 
 def forget(layout: TrialLayout) -> None:

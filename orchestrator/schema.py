@@ -50,12 +50,15 @@ def sweep_schema() -> Schema:
 def _leaves() -> dict[str, Schema]:
     """The schema of every setting by dotted name."""
     found: dict[str, Schema] = {}
+    properties: dict[type[BaseModel], Schema] = {}  # of each section, made once
     for name in fields():
         *parents, last = name.split(".")
         section: type[BaseModel] = TrialConfig
         for parent in parents:
             section = section_of(section, parent) or section
-        found[name] = section.model_json_schema()["properties"][last]
+        if section not in properties:
+            properties[section] = section.model_json_schema()["properties"]
+        found[name] = properties[section][last]
     return found
 
 

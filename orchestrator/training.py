@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.attempt import Job, Outcome, Report
 from orchestrator.layout import TrialLayout
+
+if TYPE_CHECKING:
+    from trainers.config import ExecutionConfig, TrialConfig
 
 
 def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Callable[[], str | None]) -> Outcome:
@@ -17,9 +21,7 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
     from trainers.train import train
 
     config = TrialConfig.model_validate(job.config)
-    if job.cpu_only and config.execution.device == "auto":
-        execution = config.execution.model_copy(update={"device": "cpu"})
-        config = config.model_copy(update={"execution": execution})
+    config = config.model_copy(update={"execution": _execution(config, job, layout)})
     torch.set_num_threads(config.execution.threads or job.threads)
     result = train(
         config,
@@ -38,3 +40,14 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
         data_fingerprint=result.data_fingerprint,
         error=result.error,
     )
+
+
+def _execution(config: TrialConfig, job: Job, layout: TrialLayout) -> ExecutionConfig:
+    """How the trial is executed, with what only its place decides: its device, and where other trials lie."""
+    placed: dict[str, Any] = {}
+    if job.cpu_only and config.execution.device == "auto":
+        placed["device"] = "cpu"
+    init = config.model.init_from
+    if init is not None and init.trial is not None and config.execution.trials_root is None:
+        placed["trials_root"] = str(layout.root.parents[2])  # STORAGE/SWEEP/trials/ID
+    return config.execution.model_copy(update=placed)

@@ -4,10 +4,13 @@ import importlib
 import inspect
 import itertools
 import json
+import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from benchmarks.catalog import BENCHMARKS
 from benchmarks.report import Comparison, Goal, Report, Settings, line, machine, median_interval, rounded
 from benchmarks.turns import Partner, _Turns, serve_turns
@@ -73,7 +76,7 @@ def test_the_line_is_one_json_object_and_met_speaks_for_all_goals() -> None:
     assert wanted <= set(said)
     assert (said["name"], said["comparison"], said["met"], said["seconds"]) == ("mine", "good", False, 1.3)
     assert [(other["name"], other["met"]) for other in said["also"]] == [("bad", False), ("shown", None)]
-    assert {"cores", "threads", "torch", "load_average"} <= set(said["machine"])
+    assert {"device", "cores", "threads", "commit", "torch", "load_average"} <= set(said["machine"])
     assert json.loads(line("mine", Report([good, shown]), {}, 0.0))["met"] is True
 
 
@@ -118,3 +121,14 @@ def test_a_partner_works_in_a_process_of_its_own_and_its_death_is_an_error() -> 
         assert [partner.turn(1.0), partner.turn(3.0)] == [2.0, 6.0]
     with Partner(_serve_nothing) as partner, pytest.raises(RuntimeError, match="has died"):
         partner.turn()
+
+
+def test_the_machine_names_device_versions_and_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = machine(2, "NVIDIA H100 80GB HBM3")
+    assert facts["device"] == "NVIDIA H100 80GB HBM3" and machine(2)["device"] == facts["processor"]
+    assert facts["torch"] == metadata.version("torch")
+    assert facts["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", facts["commit"])
+    monkeypatch.setattr(report, "PACKAGES", ("no-such-package",))
+    monkeypatch.setenv("PATH", "")  # no git
+    facts = machine(2)
+    assert (facts["no-such-package"], facts["commit"], machine(2, commit="abc")["commit"]) == (None, None, "abc")

@@ -11,11 +11,12 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from torch import Generator, Tensor
 
 from trainers import color
-from trainers.config import DeiT3Config
+from trainers.method_settings import DeiT3Config
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -85,41 +86,66 @@ def _draw_boxes(batch: int, source_size: int, image_size: int, crop: str, genera
     return torch.tensor([0, 0, source_size, source_size]).expand(batch, 4)
 
 
-def draw_resized_boxes(batch: int, source_size: int, generator: Generator) -> Tensor:
-    """Boxes [B, 4] (top, left, height, width) as torchvision's RandomResizedCrop draws them for a square image."""
+def draw_resized_boxes(
+    batch: int, source_size: int, generator: Generator, scale: tuple[float, float] = RESIZED_SCALE
+) -> Tensor:
+    """Boxes [B, 4] (top, left, height, width) as torchvision's RandomResizedCrop draws them for a square image.
+
+    `scale` is the smallest and largest area as a fraction of the image.
+    """
     shape = (batch, RESIZED_ATTEMPTS)
-    low, high = RESIZED_SCALE
-    area = source_size**2 * (low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64))
-    log_low, log_high = math.log(RESIZED_RATIO[0]), math.log(RESIZED_RATIO[1])
-    ratio = torch.exp(log_low + (log_high - log_low) * torch.rand(shape, generator=generator, dtype=torch.float64))
+    area = torch.rand(shape, generator=generator, dtype=torch.float64)
+    ratio = torch.rand(shape, generator=generator, dtype=torch.float64)
     corner = torch.rand(batch, 2, generator=generator, dtype=torch.float64)
+    return resized_boxes(area, ratio, corner, source_size, scale)
+
+
+def resized_boxes(area: Tensor, ratio: Tensor, corner: Tensor, source_size: int, scale: tuple[float, float]) -> Tensor:
+    """Boxes int64 [n, 4] (top, left, height, width) of n square images from numbers that are uniform in [0, 1).
+
+    Args:
+        area, ratio: float64 [n, attempts]; the first attempt that fits is taken, the whole image where none does.
+        corner: float64 [n, 2].
+        source_size: side of the images in px.
+        scale: smallest and largest area as a fraction of the image.
+    """
+    low, high = scale
+    area = source_size**2 * (low + (high - low) * area)
+    log_low, log_high = math.log(RESIZED_RATIO[0]), math.log(RESIZED_RATIO[1])
+    ratio = torch.exp(log_low + (log_high - log_low) * ratio)
 
     size = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2).round().long().clamp_(min=1)
     fits = (size <= source_size).all(dim=2)
     size = torch.where(fits[:, :, None], size, source_size)
     first = fits.int().argmax(dim=1)  # the first attempt that fits; where none does, all stand for the whole image
-    size = size[torch.arange(batch), first]
+    size = size[torch.arange(len(size)), first]
     return torch.cat([(corner * (source_size - size + 1)).long(), size], dim=1)
 
 
 def apply(images: Tensor, draws: Draws, image_size: int, settings: DeiT3Config) -> Tensor:
     """What `three_augment` returns, given the parameters; each image is changed only by what it drew."""
-    _check(images, image_size)
+    check(images, image_size)
     batch = len(images)
-    part = max(1, _CACHE_VALUES // (3 * image_size**2)) if images.device.type == "cpu" else batch
+    part = images_at_once(image_size) if images.device.type == "cpu" else batch
     result = torch.empty(batch, 3, image_size, image_size, device=images.device)
     for start in range(0, batch, part):
         piece = slice(start, start + part)
         pixels = _changed(images[piece], Draws(*(values[piece] for values in draws)), image_size, settings)
-        _standardise(pixels, out=result[piece])
+        standardise(pixels, out=result[piece])
     return result
 
 
-def _check(images: Tensor, image_size: int) -> None:
+def images_at_once(image_size: int) -> int:
+    """How many images of side S a CPU changes at a time, so that they stay in its cache."""
+    return max(1, _CACHE_VALUES // (3 * image_size**2))
+
+
+def check(images: Tensor, size: int, blur_radius: int = color.BLUR_RADIUS, setting: str = "image_size") -> None:
+    """Raise a ValueError unless the images are uint8 [B, H, H, 3] and `size`, which `setting` says, can be blurred."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
         raise ValueError(f"images are {images.dtype} {list(images.shape)}; allowed: torch.uint8 [B, H, H, 3]")
-    if image_size <= color.BLUR_RADIUS:
-        raise ValueError(f"image_size is {image_size} px; augmentation needs at least {color.BLUR_RADIUS + 1} px")
+    if size <= blur_radius:
+        raise ValueError(f"{setting} is {size} px; augmentation needs at least {blur_radius + 1} px")
 
 
 def _changed(images: Tensor, draws: Draws, image_size: int, settings: DeiT3Config) -> Tensor:
@@ -160,19 +186,18 @@ def _reflect(position: Tensor, size: int) -> Tensor:
 def resized_crop(images: Tensor, box_B4: Tensor, flip_B: Tensor, image_size: int) -> Tensor:
     """Boxes of uint8 [B, H, H, 3] resized to S by antialiased bicubic interpolation, float32 [B, 3, S, S].
 
-    On a CPU image by image with torchvision's integer kernels, elsewhere as two batched matrix products; they differ
+    On a CPU image by image with PyTorch's integer kernels, elsewhere as two batched matrix products; they differ
     by a few grey levels at most, as the former, like PIL, rounds and clips between its two passes.
     """
     if images.device.type != "cpu":
         return resized_crop_by_matrices(images, box_B4, flip_B, image_size)
-    planes = images.permute(0, 3, 1, 2)
-    size = [image_size, image_size]
-    bicubic = tv.InterpolationMode.BICUBIC
-    crops = [
-        tv.resized_crop(image, *box, size, interpolation=bicubic, antialias=True)
-        for image, box in zip(planes, box_B4.tolist(), strict=True)
+    crops = [  # as torchvision's `resized_crop`, which takes longer than these kernels to get to them for small images
+        F.interpolate(
+            image[None, :, top : top + height, left : left + width], image_size, mode="bicubic", antialias=True
+        )
+        for image, (top, left, height, width) in zip(images.permute(0, 3, 1, 2), box_B4.tolist(), strict=True)
     ]
-    pixels = torch.stack(crops).float()
+    pixels = torch.cat(crops).float()
     flipped = flip_B.nonzero()[:, 0]
     return pixels.index_copy_(0, flipped, pixels[flipped].flip(3))
 
@@ -203,7 +228,7 @@ def _bicubic(start_B: Tensor, length_B: Tensor, source_size: int, size: int) -> 
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] as float32 [B, 3, H, W] with ImageNet's mean and standard deviation."""
-    return _standardise(_planes(images))
+    return standardise(_planes(images))
 
 
 def evaluation_view(images: Tensor, image_size: int) -> Tensor:
@@ -224,8 +249,8 @@ def _planes(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def _standardise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
-    """(x / 255 - mean) / std."""
+def standardise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
+    """(x / 255 - mean) / std with ImageNet's mean and standard deviation, of float32 [B, 3, H, W]."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     return torch.mul(pixels, _moved(1.0 / (255.0 * std), pixels), out=out).sub_(_moved(mean / std, pixels))
 

@@ -25,6 +25,7 @@ class MethodEntry:
     needs: tuple[str, ...]
     weights: str  # "raw", "ema" or "teacher": what is evaluated (paper.md §2, row "Evaluate")
     section: str | None  # field of TrialConfig that holds this method's own settings
+    accumulates: bool = True  # whether a step may be computed in micro-batches; not where a loss couples the batch
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,15 @@ MODEL_SIZES = {
 
 METHODS = {
     "deit3": MethodEntry(build="trainers.methods.deit3:DeiT3", needs=("classes",), weights="raw", section="deit3"),
+    "openclip": MethodEntry(
+        build="trainers.methods.openclip:OpenCLIP", needs=("captions",), weights="raw", section="openclip"
+    ),
+    "dino": MethodEntry(
+        build="trainers.methods.dino:Dino", needs=(), weights="teacher", section="dino", accumulates=False
+    ),
+    "dinov2": MethodEntry(
+        build="trainers.methods.dinov2:DinoV2", needs=(), weights="teacher", section="dinov2", accumulates=False
+    ),
 }
 
 DATASETS = {

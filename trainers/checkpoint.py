@@ -7,7 +7,7 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,24 @@ _NAME = re.compile(r"^step_(\d{9})\.pt$")
 DAMAGED = ".damaged"
 
 
-def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 1) -> Path:
-    """Publish `state` as the checkpoint of `step` and remove all but the newest `keep`.
+def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 1, keep_steps: Collection[int] = ()) -> Path:
+    """Publish `state` as the checkpoint of `step` and remove all but the newest `keep` and those of `keep_steps`.
 
     The SHA-256 (of sha256sum's format) is in place before the checkpoint appears under its name, and both are on
     disk before that, so that a crash leaves either a whole checkpoint or none. `state` may hold tensors, numbers,
     strings and containers of them: it is read back with `weights_only=True`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step_{step:09d}.pt"
+    path = directory / name_of(step)
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     payload = buffer.getbuffer()
     write_whole(_checksum_path(path), f"{hashlib.sha256(payload).hexdigest()}  {path.name}\n".encode())
     write_whole(path, payload)
     for old in _by_step([directory])[keep:]:
-        old.unlink()
-        _checksum_path(old).unlink(missing_ok=True)
+        if step_of(old) not in keep_steps:
+            old.unlink()
+            _checksum_path(old).unlink(missing_ok=True)
     return path
 
 
@@ -49,12 +50,55 @@ def load_newest(directories: Iterable[Path]) -> dict[str, Any] | None:
         except FileNotFoundError:  # whoever owns the folder has just written a newer one
             continue
         if _is_whole(path, payload):
-            state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-            return state
+            return _loaded(payload)
         log.warning("checkpoint %s is damaged; it is set aside and the one before is used", path)
         with contextlib.suppress(FileNotFoundError):
             path.rename(path.with_name(path.name + DAMAGED))
     return None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The whole checkpoint at `path`, which stays as it is even when damaged.
+
+    Raises:
+        ValueError: the file is damaged or not there, or its checksum is.
+    """
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+    if not _is_whole(path, payload):
+        raise ValueError(f"checkpoint {path} is damaged: it does not have the checksum in {_checksum_path(path).name}")
+    return _loaded(payload)
+
+
+def steps(directories: Iterable[Path]) -> dict[int, list[Path]]:
+    """Checkpoint files, damaged ones too, of all `directories` by step, newest step first."""
+    found: dict[int, list[Path]] = {}
+    for path in _by_step(dict.fromkeys(directories)):
+        found.setdefault(step_of(path), []).append(path)
+    return found
+
+
+def folders_of(trial: Path) -> list[Path]:
+    """Folders of a trial's folder in which checkpoints lie: published ones, then those of its attempts."""
+    folders = [trial / "checkpoints", *sorted(trial.glob("attempts/*/checkpoints"))]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def name_of(step: int) -> str:
+    """File name of the checkpoint of a step."""
+    return f"step_{step:09d}.pt"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint by its file name."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def _loaded(payload: bytes) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return state
 
 
 def _is_whole(path: Path, payload: bytes) -> bool:

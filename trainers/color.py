@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BRIGHTNESS, CONTRAST, SATURATION = range(3)  # columns of factors_B3, entries of order_B3
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of the factors, entries of the order
 
 BLUR_RADIUS = 6  # px; how far PIL's GaussianBlur (three box blurs) reaches at sigma = 2, the largest in DeiT-III
 SOLARIZE_MIDDLE = 127.5  # between the largest value that is kept, 127, and PIL's threshold, 128
@@ -35,42 +35,44 @@ def solarize(images: Tensor) -> Tensor:
     return (images - SOLARIZE_MIDDLE).abs_().neg_().add_(SOLARIZE_MIDDLE)
 
 
-def gaussian_blur(images: Tensor, sigma_B: Tensor) -> Tensor:
-    """Separable Gaussian of 13 taps, borders reflected, sigma in px.
+def gaussian_blur(images: Tensor, sigma_B: Tensor, radius: int = BLUR_RADIUS) -> Tensor:
+    """Separable Gaussian of 2 · radius + 1 taps (13), borders reflected, sigma in px.
 
-    Equal to torchvision's `gaussian_blur(kernel_size=13)`. PIL, which DeiT-III calls, approximates the same Gaussian
-    by three box blurs, repeats border pixels instead of reflecting them, and blurs a little more at 0.2 to 0.5 px; on
-    sharp 24 px images the two differ by 0 to 1.7 grey levels on average.
+    Equal to torchvision's `gaussian_blur` with as many taps. PIL, which DeiT-III and DINO call, approximates the same
+    Gaussian by three box blurs, repeats border pixels instead of reflecting them, and blurs a little more at 0.2 to
+    0.5 px; on sharp 24 px images the two differ by 0 to 1.7 grey levels on average.
     """
-    offset = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
+    offset = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
     taps = torch.softmax(-0.5 * (offset / sigma_B[:, None]) ** 2, dim=1)
-    padded = F.pad(images, (BLUR_RADIUS,) * 4, mode="reflect")
-    rows_done = _convolve_rows(padded, taps).transpose(2, 3).contiguous()
-    return _convolve_rows(rows_done, taps).transpose(2, 3)
+    padded = F.pad(images, (radius,) * 4, mode="reflect")
+    rows_done = _convolve_rows(padded, taps, radius).transpose(2, 3).contiguous()
+    return _convolve_rows(rows_done, taps, radius).transpose(2, 3)
 
 
-def _convolve_rows(padded: Tensor, taps: Tensor) -> Tensor:
+def _convolve_rows(padded: Tensor, taps: Tensor, radius: int) -> Tensor:
     """Weighted sum of shifted rows, without the padding; faster here than grouped convolutions with few channels."""
-    height = padded.shape[2] - 2 * BLUR_RADIUS
-    rows = padded.unfold(2, height, 1).permute(2, 0, 1, 4, 3)  # a view: [13, B, C, height, width]
+    height = padded.shape[2] - 2 * radius
+    rows = padded.unfold(2, height, 1).permute(2, 0, 1, 4, 3)  # a view: [2 · radius + 1, B, C, height, width]
     weights = taps.t()[:, :, None, None, None]
-    total = rows[BLUR_RADIUS] * weights[BLUR_RADIUS]
-    for tap in range(BLUR_RADIUS):
-        total.addcmul_(rows[tap] + rows[2 * BLUR_RADIUS - tap], weights[tap])  # the Gaussian is symmetric
+    total = rows[radius] * weights[radius]
+    for tap in range(radius):
+        total.addcmul_(rows[tap] + rows[2 * radius - tap], weights[tap])  # the Gaussian is symmetric
     return total
 
 
-def color_jitter_(images: Tensor, factors_B3: Tensor, order_B3: Tensor) -> Tensor:
-    """Brightness, contrast and saturation of each image by its own factors, in its own order, in place.
+def color_jitter_(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Changes of colour of each image by its own amounts, in its own order, in place.
 
     Args:
         images: values 0 … 255.
-        factors_B3: by BRIGHTNESS, CONTRAST, SATURATION; 1 leaves an image unchanged; on the CPU.
-        order_B3: which of the three comes first, second and third; on the CPU.
+        factors: [B, J] on the CPU, columns BRIGHTNESS, CONTRAST, SATURATION (1 changes nothing) and, with J = 4, HUE
+            (as a fraction of the circle, 0 changes nothing).
+        order: int64 [B, J] on the CPU, which of them comes first, second and so on; -1 for none.
     """
-    for chosen_B in order_B3.unbind(1):
-        for column, change in enumerate((adjust_brightness_, adjust_contrast_, adjust_saturation_)):
-            on_subset_(images, chosen_B == column, change, factors_B3[:, column])
+    changes = (adjust_brightness_, adjust_contrast_, adjust_saturation_, adjust_hue_)
+    for chosen_B in order.unbind(1):
+        for column in range(factors.shape[1]):
+            on_subset_(images, chosen_B == column, changes[column], factors[:, column])
     return images
 
 
@@ -91,6 +93,26 @@ def adjust_saturation_(images: Tensor, factor_B: Tensor) -> Tensor:
     factor = factor_B[:, None, None, None]
     gray = luma(images)
     return images.mul_(factor).add_(gray.mul_(1.0 - factor)).clamp_(0.0, 255.0)
+
+
+def adjust_hue_(images: Tensor, turn_B: Tensor) -> Tensor:
+    """Hue moved by `turn_B` (-0.5 … 0.5, as a fraction of the circle) with HSV's value and saturation kept, in place.
+
+    With channels as (value - min) / (max - min), the hue in sixths of the circle is 1 - red + green + blue away from
+    red, towards green where that is above blue. Turned to h, a channel is clamp(d - 1, 0, 1), where d is the distance
+    on the circle from h to the hue that has least of this channel: cyan 3, magenta -1, yellow 1.
+    """
+    red, green, blue = images.unbind(1)
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    smallest = torch.minimum(torch.minimum(red, green), blue)
+    chroma = largest.sub_(smallest)
+    from_red = (green + blue).sub_(red).sub_(smallest)
+    from_red.div_(chroma.clamp(min=1e-6)).add_(1.0)  # without chroma any hue will do
+    hue = from_red.copysign_(green - blue).add_(6.0 * turn_B[:, None, None])
+    least = torch.tensor((3.0, -1.0, 1.0)).to(images.device, non_blocking=True)[:, None, None]
+    distance = torch.sub(hue[:, None], least, out=images)  # -9 … 9; folded at ±3 twice it is that on the circle
+    distance.abs_().sub_(3.0).abs_().sub_(3.0).abs_()
+    return distance.sub_(1.0).clamp_(0.0, 1.0).mul_(chroma[:, None]).add_(smallest[:, None])
 
 
 def on_subset_(images: Tensor, chosen_B: Tensor, change: Callable[..., Tensor], *parameters_B: Tensor) -> None:

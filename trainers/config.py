@@ -11,80 +11,56 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainers import catalog, presets
 from trainers.conflicts import conflicts
-from trainers.explain import ConfigError, Fault, ImpossibleError, did_you_mean, explain, shown
+from trainers.explain import ConfigError, Fault, ImpossibleError, explain
+from trainers.method_settings import DeiT3Config, DinoConfig, DinoV2Config
+from trainers.method_settings import HeadConfig as HeadConfig  # for planning, which imports settings from here alone
+from trainers.method_settings import OpenCLIPConfig as OpenCLIPConfig
+from trainers.section import LISTED, ONCE, Section, known, rising
+from trainers.settle import settle
 
 MAX_REGISTERS = 16  # the largest count in the paper (Fig. 8)
 
 # A field added after trials exist names here the value that means "as before"; at that value it is left out of the
 # hash, so that finished trials keep their id: {"dotted.name": value}. Null always means that.
-AS_BEFORE: Mapping[str, object] = {}
+AS_BEFORE: Mapping[str, object] = {
+    "data.scenes.colored": True,
+    "compile": False,
+    "model.pre_norm": False,
+    "model.norm_eps": 1e-6,
+    "model.mlp": "gelu",
+    "model.pos_antialias": True,
+    "model.pos_offset": 0.0,
+    "model.sink": "none",
+    "model.register_mask": "full",
+    "optim.schedule": "timm",
+    "optim.eps": 1e-8,
+    "optim.decay_tokens": "none",
+    "optim.decay_registers": True,
+    "optim.layer_decay": 1.0,
+    "optim.patch_embed_lr_scale": 1.0,
+    "deit3.repeats": 1,
+}
 
 _NOT_IN_IDENTITY = ("preset", "execution")
 
 
-def _listed(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+class InitFrom(Section):
+    """Weights to start from: exactly one of a file, a timm model, and a step of another trial."""
 
-
-def _known(names: Mapping[str, object], own: str | None = None) -> tuple[AfterValidator, WithJsonSchema]:
-    """Annotations of a name that the catalog must have or, with `own`, that may be a dotted path such as `own`."""
-
-    def check(name: str) -> str:
-        if name in names or (own is not None and catalog.is_dotted_path(name)):
-            return name
-        choices = [*names, *([f"{own} of your own"] if own else [])]
-        raise ValueError(
-            f"is {shown(name)}, which does not exist{did_you_mean(name, names)}; allowed: {', '.join(choices)}"
-        )
-
-    choice: dict[str, Any] = {"enum": list(names)}
-    path = {"type": "string", "pattern": r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"}
-    return AfterValidator(check), WithJsonSchema({"anyOf": [choice, path]} if own else choice)
-
-
-def _rising(lowest: float, highest: float) -> AfterValidator:
-    """Annotation of two numbers, the first not above the second, both within the limits."""
-
-    def check(pair: tuple[float, float]) -> tuple[float, float]:
-        if not lowest <= pair[0] <= pair[1] <= highest:
-            raise ValueError(f"is {shown(pair)}; allowed: two rising numbers from {lowest} to {highest}")
-        return pair
-
-    return AfterValidator(check)
-
-
-def _distinct(names: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(names)) != len(names):
-        raise ValueError(f"is {shown(names)}; each may be named once")
-    return names
-
-
-_ONCE = AfterValidator(_distinct)
-
-
-class Section(BaseModel):
-    """Base of all parts of a configuration: frozen, strict types, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    file: str | None = Field(None, min_length=1, description="safetensors or PyTorch weights of a known layout")
+    timm: str | None = Field(None, min_length=1, description="name of a timm ViT with pretrained weights")
+    trial: str | None = Field(None, pattern=r"^[0-9a-f]{16}$", description="id of a trial that keeps this step")
+    step: int | None = Field(None, ge=0, description="of that trial")
 
 
 class ModelConfig(Section):
     """The Vision Transformer."""
 
-    size: Annotated[str, *_known(catalog.MODEL_SIZES)] = Field(
+    size: Annotated[str, *known(catalog.MODEL_SIZES)] = Field(
         "small", description="width, depth and heads by name; see trainers.catalog.MODEL_SIZES"
     )
     patch_size: int = Field(16, ge=1, le=64, description="side of a patch in px; 14 in DINOv2, 16 elsewhere")
@@ -97,9 +73,39 @@ class ModelConfig(Section):
         description="standard deviation of the registers' initialisation; 1e-6 in DINOv2, where registers that start "
         "equal stay nearly equal for long: 0.02 in short runs; null with 0 registers",
     )
-    layer_scale: float | None = Field(1e-4, gt=0, description="initial LayerScale, null for none; 1e-4 in DeiT-III")
+    layer_scale: float | None = Field(
+        1e-4, gt=0, description="initial LayerScale, null for none; 1e-4 in DeiT-III, 1e-5 in DINOv2"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth rate, constant over depth; 0.1 in DeiT-III")
-    factory: Annotated[str, *_known({}, own="package.module:build")] | None = Field(
+    drop_path_group: int | None = Field(
+        None,
+        ge=2,
+        description="drop equally many of every so many crops of one size and compute only the rest (DINOv2's "
+        "batch-subset stochastic depth, there among all that a device holds); null draws for every image by itself",
+    )
+    pre_norm: bool = Field(
+        False, description="LayerNorm before the first block, patch convolution without bias: OpenCLIP's ln_pre"
+    )
+    norm_eps: float = Field(1e-6, gt=0, le=1e-2, description="of all LayerNorms; 1e-5 in OpenCLIP")
+    mlp: Literal["gelu", "quick_gelu", "swiglu"] = Field(
+        "gelu", description="quick_gelu in OpenAI's CLIP; swiglu in DINOv2's vitl14 and vitg14"
+    )
+    pos_antialias: bool = Field(
+        True, description="of the resampled position embedding; false in DINO, and in DINOv2 without registers"
+    )
+    pos_offset: float = Field(
+        0.0, ge=0, lt=1, description="added to the sides of its new grid; 0.1 in DINO, and in DINOv2 without registers"
+    )
+    sink: Literal["none", "attention_bias", "softmax1", "value_gate"] = Field(
+        "none",
+        description="where attention can go besides tokens: a learned key and value, zeros, or a learned "
+        "vector added to each head's output (DINOv3's value gating)",
+    )
+    register_mask: Literal["full", "patches_cannot_read", "registers_cannot_write", "detached"] | None = Field(
+        "full", description="who attends to whom: sink, storage and extra compute apart; null with 0 registers"
+    )
+    init_from: InitFrom | None = Field(None, description="weights to start from; null for random ones")
+    factory: Annotated[str, *known({}, own="package.module:build")] | None = Field(
         None, description="a backbone of your own, as package.module:build"
     )
 
@@ -111,10 +117,13 @@ class ScenesConfig(Section):
     num_validation: int = Field(1_000, ge=1, le=1_000_000)
     num_test: int = Field(2_000, ge=1, le=1_000_000)
     contrast: float = Field(0.3, ge=0, le=1, description="contrast of the photograph behind the digits")
-    main_size: Annotated[tuple[float, float], BeforeValidator(_listed), _rising(0.1, 1)] = Field(
+    colored: bool = Field(
+        True, description="random colours; false: white on grey, where methods without labels cannot go by colours"
+    )
+    main_size: Annotated[tuple[float, float], LISTED, rising(0.1, 1)] = Field(
         (0.8, 1.0), description="smallest and largest side of the main digit as a fraction of the image's side"
     )
-    num_others: Annotated[tuple[int, int], BeforeValidator(_listed), _rising(0, 8)] = Field(
+    num_others: Annotated[tuple[int, int], LISTED, rising(0, 8)] = Field(
         (0, 0), description="fewest and most smaller digits besides the main one"
     )
 
@@ -122,7 +131,7 @@ class ScenesConfig(Section):
 class DataConfig(Section):
     """What is trained and evaluated on."""
 
-    train: Annotated[str, *_known(catalog.DATASETS, own="package.module:build")] = Field(
+    train: Annotated[str, *known(catalog.DATASETS, own="package.module:build")] = Field(
         "scenes", description="a data set of the catalog, or your own as package.module:build"
     )
     name: str | None = Field(
@@ -145,36 +154,56 @@ class OptimConfig(Section):
 
     optimizer: Literal["adamw", "lamb", "sgd"] = Field("adamw", description="lamb in DeiT-III")
     lr: float = Field(1e-3, gt=0, le=10, description="peak learning rate")
-    min_lr: float = Field(1e-5, ge=0, le=10, description="at the end of the cosine")
-    warmup_lr: float = Field(1e-6, ge=0, le=10, description="at step 0")
+    schedule: Literal["timm", "dino", "open_clip"] = Field(
+        "timm", description="whose warm-up and cosine; they differ by a step at the joints; dino is DINOv2's too"
+    )
+    min_lr: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        1e-5, description="at the end of the cosine; null with open_clip's, which ends at 0"
+    )
+    warmup_lr: Annotated[float, Field(ge=0, le=10)] | None = Field(
+        1e-6, description="at step 0; null with open_clip's, which begins at lr / warmup_steps"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="linear warm-up; auto is 5 % of the steps"
     )
-    steps: int = Field(1_000, ge=1, le=100_000_000, description="optimiser steps")
+    steps: int = Field(
+        1_000, ge=0, le=100_000_000, description="optimiser steps; 0 measures the weights it starts from"
+    )
     batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step over all ranks")
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="images per forward pass; must divide batch_size; auto is the whole batch"
     )
     weight_decay: float = Field(0.05, ge=0, le=1)
+    weight_decay_end: float | None = Field(
+        None, ge=0, le=1, description="at the end of a cosine over all steps, as in DINO and DINOv2; null for constant"
+    )
+    decay_tokens: Literal["none", "position", "all"] | None = Field(
+        "none",
+        description="weight decay on the position embedding and on class and mask token: none in DeiT-III, position in "
+        "OpenCLIP, all in DINO and DINOv2; null without weight decay",
+    )
+    decay_registers: bool | None = Field(
+        True,
+        description="weight decay on registers, as in DINOv2; timm has none; null with 0 registers or no weight decay",
+    )
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from a block to the one before; 0.9 in DINOv2's vitl16_short",
+    )
+    patch_embed_lr_scale: float = Field(
+        1.0, gt=0, le=1, description="factor of the patch embedding's learning rate; 0.2 in DINOv2"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float | None = Field(
+        1e-8, gt=0, le=1e-2, description="of adamw and lamb; 1e-6 in OpenCLIP; null with sgd, which has none"
+    )
     clip_grad: float | None = Field(None, gt=0, description="largest norm of all gradients together, null for none")
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] | None = Field(
         None, description="of the averaged weights, null for none; auto fits it to the length; 0.99996 in DeiT-III"
     )
-
-
-class DeiT3Config(Section):
-    """DeiT-III: supervised training (Touvron et al. 2022)."""
-
-    loss: Literal["bce", "soft_ce"] = Field("soft_ce", description="soft_ce on ImageNet-21k, bce on ImageNet-1k")
-    smoothing: float = Field(0.1, ge=0, lt=1, description="label smoothing")
-    mixup: float = Field(0.0, ge=0, le=10, description="Beta parameter, 0 for none; 0.8 on ImageNet-1k")
-    cutmix: float = Field(1.0, ge=0, le=10, description="Beta parameter, 0 for none")
-    three_augment: bool = Field(True, description="one of grayscale, solarize, Gaussian blur per image")
-    color_jitter: float = Field(0.3, ge=0, le=1, description="brightness, contrast and saturation")
-    crop: Literal["simple", "resized", "none"] = Field("simple", description="simple random crop or resized crop")
-    flip: bool = Field(True, description="horizontal flips; off where left and right carry meaning, as in digits")
 
 
 class TokensConfig(Section):
@@ -187,8 +216,8 @@ class TokensConfig(Section):
 class LinearConfig(Section):
     """Linear classification on frozen features, the official DINOv2 grid of learning rates, all heads at once."""
 
-    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], BeforeValidator(_listed), _ONCE] = (
-        Field((1e-3, 3e-3, 1e-2, 3e-2, 0.1), min_length=1, description="per 256 images; 13 from 1e-5 to 0.1 in DINOv2")
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], LISTED, ONCE] = Field(
+        (1e-3, 3e-3, 1e-2, 3e-2, 0.1), min_length=1, description="per 256 images; 13 from 1e-5 to 0.1 in DINOv2"
     )
     steps: int = Field(500, ge=1, le=1_000_000, description="12,500 in DINOv2")
     batch_size: int = Field(256, ge=1, le=65_536)
@@ -197,7 +226,7 @@ class LinearConfig(Section):
 class KnnConfig(Section):
     """Weighted k-nearest-neighbour classification (official DINOv2 protocol)."""
 
-    k: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], BeforeValidator(_listed), _ONCE] = Field(
+    k: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], LISTED, ONCE] = Field(
         (10, 20, 100, 200), min_length=1
     )
     temperature: float = Field(0.07, gt=0, le=10)
@@ -207,9 +236,9 @@ class EvaluationConfig(Section):
     """Which probes run on the frozen backbone, on how many images, and how often."""
 
     probes: Annotated[
-        tuple[Annotated[str, *_known(catalog.PROBES, own="package.module:probe")], ...],
-        BeforeValidator(_listed),
-        AfterValidator(_distinct),
+        tuple[Annotated[str, *known(catalog.PROBES, own="package.module:probe")], ...],
+        LISTED,
+        ONCE,
     ] = Field(("linear", "knn"))
     points: int = Field(5, ge=1, le=1_000, description="evaluations in a run, evenly spaced, the last at the end")
     train_images: int = Field(4_000, ge=16, le=100_000_000, description="most training images that probes learn from")
@@ -225,21 +254,34 @@ class ExecutionConfig(Section):
     data_root: str | None = Field(None, description="where the files of an image folder or a download lie")
     checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints")
     keep_checkpoints: int = Field(1, ge=1, le=1_000, description="how many checkpoints are kept")
+    keep_steps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], LISTED, ONCE] = Field(
+        (), description="steps whose checkpoints are kept for ever, for other trials to start from"
+    )
+    trials_root: str | None = Field(None, description="folder under which model.init_from.trial is looked for")
+    activation_checkpointing: bool = Field(False, description="compute activations twice, keep those of blocks alone")
 
 
 class TrialConfig(Section):
     """One trial. Build it with `resolve`, which expands presets, decides every `auto` and nulls idle settings."""
 
-    method: Annotated[str, *_known(catalog.METHODS, own="package.module:Class")] = Field(
+    method: Annotated[str, *known(catalog.METHODS, own="package.module:Class")] = Field(
         "deit3", description="a method of the catalog, or your own as package.module:Class"
     )
-    preset: str = Field("short", description="recipe whose values replace the defaults; not part of the identity")
+    preset: str = Field(
+        "auto",
+        description="recipe whose values replace the defaults; auto is nano for model.size nano, else short; not part "
+        "of the identity",
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the forward pass")
+    compile: bool = Field(False, description="torch.compile of each block; rounds otherwise than without")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     deit3: DeiT3Config | None = Field(default_factory=DeiT3Config, description="null for other methods")
+    openclip: OpenCLIPConfig | None = Field(default_factory=OpenCLIPConfig, description="null for other methods")
+    dino: DinoConfig | None = Field(default_factory=DinoConfig, description="null for other methods")
+    dinov2: DinoV2Config | None = Field(default_factory=DinoV2Config, description="null for other methods")
     tokens: TokensConfig = Field(default_factory=TokensConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     execution: ExecutionConfig = Field(default_factory=ExecutionConfig)
@@ -261,14 +303,24 @@ def resolve(settings: Mapping[str, Any]) -> TrialConfig:
         ConfigError: a ValueError with everything that is unknown, not allowed or impossible together.
     """
     given = flatten(settings)
-    method = given.get("method", TrialConfig.model_fields["method"].default)
-    name = given.get("preset", TrialConfig.model_fields["preset"].default)
     try:
-        recipe = presets.preset(str(method), str(name))
-        nested = nest({**recipe, **given})
+        name, recipe = presets.recipe(given)
+        nested = nest({**_beside(recipe, given), **given, "preset": name})
     except ValueError as error:
         raise ConfigError([Fault((), str(error), ("preset", "method"))]) from error
-    return _validated(nest(_settle(_validated(nested))))
+    return _validated(nest(settle(_validated(nested))))
+
+
+def _beside(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `recipe` without those of sections that `given` sets to null, and nulls of sections it enters."""
+    entered = {section for name in given for section in _sections_of(name)}
+    return {k: v for k, v in recipe.items() if k not in entered and not any(s in given for s in _sections_of(k))}
+
+
+def _sections_of(name: str) -> list[str]:
+    """All sections that the dotted `name` is in: a.b.c is in a and a.b."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _validated(nested: Mapping[str, Any]) -> TrialConfig:
@@ -276,42 +328,6 @@ def _validated(nested: Mapping[str, Any]) -> TrialConfig:
         return TrialConfig.model_validate(nested)
     except ValidationError as error:
         raise ConfigError(explain(error, TrialConfig)) from error
-
-
-def _settle(config: TrialConfig) -> dict[str, Any]:
-    """Flat values of `config` with every `auto` decided and every setting without effect set to null."""
-    values = config.model_dump()
-    model, data, optim, evaluation = values["model"], values["data"], values["optim"], values["evaluation"]
-    native = catalog.DATASETS[config.data.train].decode_size if config.data.train in catalog.DATASETS else None
-    if model["image_size"] == "auto":
-        side = data["decode_size"] if isinstance(data["decode_size"], int) else (native or 224)
-        model["image_size"] = max(side // model["patch_size"], 1) * model["patch_size"]
-    if data["decode_size"] == "auto":
-        data["decode_size"] = native or max(model["image_size"] * 8 // 7, 8)  # the usual 256 px for 224 px
-    if model["num_registers"] == 0:
-        model["reg_init_std"] = None
-    elif model["reg_init_std"] in ("auto", None):
-        model["reg_init_std"] = 0.02
-    if optim["warmup_steps"] == "auto":
-        optim["warmup_steps"] = optim["steps"] // 20
-    if optim["micro_batch_size"] == "auto":
-        optim["micro_batch_size"] = optim["batch_size"]
-    if optim["ema_decay"] == "auto":
-        optim["ema_decay"] = max(0.0, 1.0 - 10.0 / optim["steps"])  # the initialisation weighs e^-10 at the end
-    if values["precision"] == "auto":
-        large = catalog.MODEL_SIZES[model["size"]].width >= 384 and model["image_size"] >= 160
-        values["precision"] = "bf16" if large else "fp32"  # bf16 is slower for small shapes on CPUs
-    if config.data.train != "scenes":
-        data["scenes"] = None
-    if config.data.train in catalog.DATASETS and not catalog.DATASETS[config.data.train].needs_root:
-        data["name"] = None
-    for name, entry in catalog.METHODS.items():
-        if entry.section is not None and config.method != name:
-            values[entry.section] = None
-    for name in catalog.PROBES:
-        if name not in config.evaluation.probes:
-            evaluation[name] = None
-    return values
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,33 +6,124 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from trainers import catalog
+from trainers.explain import shown
 
 if TYPE_CHECKING:
     from trainers.config import TrialConfig
 
 Conflict = tuple[str, tuple[str, ...]]  # the sentence, and the dotted names of the settings in it
 
+# What the built-in ViT does by itself, and the value at which it does not. A factory is given all other settings of the
+# model and can follow them.
+_BUILT_IN = {"sink": "none", "register_mask": "full", "drop_path_group": None}
+
 
 def conflicts(config: TrialConfig) -> Iterator[Conflict]:
     """Combinations that are impossible although each setting is allowed."""
     model, optim = config.model, config.optim
     if isinstance(model.image_size, int) and model.image_size % model.patch_size:
-        yield (
-            f"model.patch_size {model.patch_size} does not divide model.image_size {model.image_size}",
-            ("model.patch_size", "model.image_size"),
-        )
+        yield _undivided("model.patch_size", model.patch_size, "model.image_size", model.image_size)
     if isinstance(optim.micro_batch_size, int) and optim.batch_size % optim.micro_batch_size:
-        yield (
-            f"optim.micro_batch_size {optim.micro_batch_size} does not divide optim.batch_size {optim.batch_size}",
-            ("optim.micro_batch_size", "optim.batch_size"),
-        )
+        yield _undivided("optim.micro_batch_size", optim.micro_batch_size, "optim.batch_size", optim.batch_size)
     if isinstance(optim.warmup_steps, int) and optim.warmup_steps > optim.steps:
         yield (
             f"optim.warmup_steps {optim.warmup_steps} is more than optim.steps {optim.steps}",
             ("optim.warmup_steps", "optim.steps"),
         )
+    yield from _backbone(config)
+    yield from _groups(config)
+    yield from _crops(config)
+    yield from _parts_of_methods(config)
     yield from _missing_parts(config)
     yield from _unmet_needs(config)
+
+
+def _undivided(part: str, size: int, whole: str, total: int) -> Conflict:
+    return f"{part} {size} does not divide {whole} {total}", (part, whole)
+
+
+def _backbone(config: TrialConfig) -> Iterator[Conflict]:
+    """Where weights come from, and what only the built-in ViT can do."""
+    init = config.model.init_from
+    sources = [name for name in ("file", "timm", "trial") if getattr(init, name, None) is not None]
+    if init is not None:
+        names = tuple(f"model.init_from.{name}" for name in (*sources, "step"))
+        if len(sources) > 1:
+            yield f"model.init_from wants one of file, timm and trial; it has {' and '.join(sources)}", names
+        elif (init.trial is None) != (init.step is None):
+            yield f"model.init_from.step is {shown(init.step)}; it goes with model.init_from.trial alone", names
+    if config.model.factory is not None:
+        if sources:
+            yield (
+                "model.init_from loads into the built-in ViT only; model.factory names another backbone",
+                ("model.factory", "model.init_from.file", "model.init_from.timm", "model.init_from.trial"),
+            )
+        for name, value in _BUILT_IN.items():
+            given = getattr(config.model, name)
+            if given is not None and given != value:
+                yield (
+                    f"model.{name} {shown(given)} is what the built-in ViT can do; model.factory names another "
+                    f"backbone, so leave it {shown(value)}",
+                    (f"model.{name}", "model.factory"),
+                )
+
+
+def _groups(config: TrialConfig) -> Iterator[Conflict]:
+    """Groups of images that are treated together divide what is computed at once."""
+    optim, method = config.optim, catalog.METHODS.get(config.method)
+    if not isinstance(optim.micro_batch_size, int):
+        return  # the whole batch, which `settle` writes here
+    micro = optim.micro_batch_size
+    if method is not None and not method.accumulates and micro != optim.batch_size:
+        yield (
+            f"optim.micro_batch_size {micro} is not optim.batch_size {optim.batch_size}: the losses of method "
+            f"{config.method} couple all images of a batch, which is therefore computed at once",
+            ("optim.micro_batch_size", "optim.batch_size", "method"),
+        )
+        return
+    koleo = config.dinov2.koleo if config.dinov2 is not None and config.method == "dinov2" else None
+    sizes = {
+        "model.drop_path_group": config.model.drop_path_group,
+        "deit3.mix_group_size": config.deit3.mix_group_size if config.deit3 and config.method == "deit3" else None,
+        "dinov2.koleo.group_size": None if koleo is None else koleo.group_size,
+    }
+    for name, size in sizes.items():
+        if size is not None and micro % size:
+            yield _undivided(name, size, "optim.micro_batch_size", micro)
+
+
+def _crops(config: TrialConfig) -> Iterator[Conflict]:
+    """Local crops consist of whole patches and are no larger than the global ones, which are the images."""
+    section = getattr(config, config.method) if config.method in ("dino", "dinov2") else None
+    if section is None or section.crops.num_local == 0 or not isinstance(section.crops.local_size, int):
+        return
+    name, size = f"{config.method}.crops.local_size", section.crops.local_size
+    if size % config.model.patch_size:
+        yield _undivided("model.patch_size", config.model.patch_size, name, size)
+    if isinstance(config.model.image_size, int) and size > config.model.image_size:
+        yield (
+            f"{name} {size} is larger than model.image_size {config.model.image_size}, the side of the global crops",
+            (name, "model.image_size"),
+        )
+
+
+def _parts_of_methods(config: TrialConfig) -> Iterator[Conflict]:
+    """OpenCLIP's attention heads, and DINOv2's losses, one of which must be left and can be computed."""
+    text = config.openclip if config.method == "openclip" else None
+    if text is not None and text.text_width % text.text_heads:
+        yield _undivided("openclip.text_heads", text.text_heads, "openclip.text_width", text.text_width)
+    losses = config.dinov2 if config.method == "dinov2" else None
+    if losses is not None and losses.dino_weight == losses.ibot_weight == 0.0:
+        yield (
+            "dinov2.dino_weight and dinov2.ibot_weight are both 0, so that nothing would be learned",
+            ("dinov2.dino_weight", "dinov2.ibot_weight"),
+        )
+    elif losses is not None and losses.ibot_weight and not losses.mask_probability:
+        yield (
+            f"dinov2.mask_probability is 0, so that iBOT with dinov2.ibot_weight {losses.ibot_weight} has nothing to "
+            "predict; set dinov2.ibot_weight to 0 as well",
+            ("dinov2.mask_probability", "dinov2.ibot_weight"),
+        )
 
 
 def _missing_parts(config: TrialConfig) -> Iterator[Conflict]:

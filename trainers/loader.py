@@ -1,30 +1,38 @@
-"""Which images each step sees, and getting them to the device ahead of time."""
+"""Which images each step sees, which of them are this rank's, and getting them to the device ahead of time."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from trainers import distributed
 from trainers.data import Split
-from trainers.methods import Batch
+from trainers.methods import Batch, Upcoming
 from trainers.streams import Streams
 
 TARGETS = ("classes", "segmentation", "depth")  # those that are arrays with one entry an image
+CAPTIONS = "captions"
+
+Prepare = Callable[[Upcoming], Mapping[str, torch.Tensor]]
 
 
 class Order:
     """The order of the training images: every epoch another permutation, drawn from the stream of that epoch.
 
-    It is a function of (seed, step) alone, so that resuming needs no state and batches may straddle epochs.
+    It is a function of (seed, step) alone, so that resuming needs no state and batches may straddle epochs. With
+    repeated augmentation (Berman et al. 2019; facebookresearch/deit:samplers.py) each image comes `repeats` times in
+    a row, and an epoch shows only the first part of its permutation.
     """
 
-    def __init__(self, num_images: int, batch_size: int, streams: Streams) -> None:
+    def __init__(self, num_images: int, batch_size: int, streams: Streams, repeats: int = 1) -> None:
         self.num_images = num_images
         self.batch_size = batch_size
+        self.repeats = repeats
         self._streams = streams
         self._epochs: dict[int, NDArray[np.int64]] = {}
 
@@ -33,7 +41,7 @@ class Order:
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = positions // self.num_images
         self._epochs = {epoch: self._permutation(epoch) for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)}
-        offsets = positions % self.num_images
+        offsets = positions % self.num_images // self.repeats
         return np.concatenate([self._epochs[int(e)][offsets[epochs == e]] for e in np.unique(epochs)])
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
@@ -43,35 +51,87 @@ class Order:
         return generator.permutation(self.num_images)
 
 
-def fetch(split: Split, indices: NDArray[np.int64], device: torch.device, needs: Collection[str] = TARGETS) -> Batch:
-    """The images of `indices` and those of their targets that are needed, on the device."""
-    names = [name for name in TARGETS if name in needs and name in split.targets]
-    on_device = {name: _move(np.asarray(split.targets[name])[indices], device) for name in names}
-    return Batch(_move(split.images[indices], device), on_device)
+@dataclass(frozen=True)
+class Shares:
+    """How a batch of all ranks is divided: into micro-batches, and each of these evenly among the ranks.
+
+    Raises:
+        ValueError: a micro-batch cannot be shared evenly.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        ranks = distributed.world_size()
+        if self.micro_batch_size % ranks:
+            raise ValueError(
+                f"optim.micro_batch_size {self.micro_batch_size} cannot be shared evenly by {ranks} ranks; "
+                f"allowed: multiples of {ranks}"
+            )
+
+    @property
+    def own(self) -> int:
+        """Images of a micro-batch that this rank holds."""
+        return self.micro_batch_size // distributed.world_size()
+
+    def positions(self) -> NDArray[np.int64]:
+        """Where this rank's images stand in the batch, micro-batch after micro-batch."""
+        parts = np.arange(self.batch_size).reshape(-1, self.micro_batch_size)
+        return parts[:, distributed.own_rows(self.micro_batch_size)].reshape(-1)
+
+    def parts(self, batch: Batch) -> Iterator[Batch]:
+        """The micro-batches of this rank's images of a batch."""
+        for start in range(0, len(batch.images), self.own):
+            part = slice(start, start + self.own)
+            yield Batch(
+                batch.images[part],
+                {name: values[part] for name, values in batch.targets.items()},
+                {name: values[part] for name, values in batch.prepared.items()},
+                first=distributed.rank() * self.own,
+                total=self.micro_batch_size,
+            )
 
 
-def batches(
-    split: Split, order: Order, start: int, steps: int, device: torch.device, needs: Collection[str] = TARGETS
-) -> Iterator[Batch]:
+@dataclass(frozen=True)
+class Reader:
+    """Reads this rank's images of a step, those targets of theirs that are needed, and what a method prepares."""
+
+    split: Split
+    order: Order
+    shares: Shares
+    needs: Collection[str]
+    prepare: Prepare
+    device: torch.device
+
+    def __call__(self, step: int) -> Batch:
+        positions = self.shares.positions()
+        indices = self.order(step)[positions]
+        names = [name for name in TARGETS if name in self.needs and name in self.split.targets]
+        upcoming = Upcoming(step, self.order.batch_size, positions, self._captions(indices))
+        return Batch(
+            self._moved(torch.from_numpy(np.ascontiguousarray(self.split.images[indices]))),
+            {name: self._moved(torch.from_numpy(np.asarray(self.split.targets[name])[indices])) for name in names},
+            {name: self._moved(tensor) for name, tensor in self.prepare(upcoming).items()},
+        )
+
+    def _captions(self, indices: NDArray[np.int64]) -> list[str] | None:
+        if CAPTIONS not in self.needs or CAPTIONS not in self.split.targets:
+            return None
+        texts = self.split.targets[CAPTIONS]
+        return [texts[int(index)] for index in indices]
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+def batches(read: Callable[[int], Batch], start: int, steps: int) -> Iterator[Batch]:
     """The batches of steps `start` … `steps` − 1; a thread reads the next one while the current one is used."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        upcoming = pool.submit(fetch, split, order(start), device, needs) if start < steps else None
+        upcoming = pool.submit(read, start) if start < steps else None
         for step in range(start, steps):
             assert upcoming is not None
             batch = upcoming.result()
             if step + 1 < steps:
-                upcoming = pool.submit(fetch, split, order(step + 1), device, needs)
+                upcoming = pool.submit(read, step + 1)
             yield batch
-
-
-def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
-    """A batch in micro-batches of `size` images."""
-    for first in range(0, len(batch.images), size):
-        part = slice(first, first + size)
-        targets: Mapping[str, torch.Tensor] = {name: values[part] for name, values in batch.targets.items()}
-        yield Batch(batch.images[part], targets)
-
-
-def _move(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

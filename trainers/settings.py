@@ -19,6 +19,13 @@ _ELSEWHERE = {
     "resolution": "model.image_size",
     "workers": "execution.threads",
     "gradient_accumulation": "optim.micro_batch_size",
+    "registers": "model.num_registers",
+    "num_register_tokens": "model.num_registers",
+    "reg_tokens": "model.num_registers",
+    "drop_path_rate": "model.drop_path",
+    "layerwise_decay": "optim.layer_decay",
+    "patch_embed_lr_mult": "optim.patch_embed_lr_scale",
+    "warmup": "optim.warmup_steps",
 }
 
 

@@ -6,6 +6,7 @@ import gc
 import io
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,19 +16,19 @@ from typing import Any, cast
 
 import pyarrow as pa
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trainers import catalog, checkpoint, optim, vit
+from trainers import catalog, checkpoint, distributed, vit, weights
 from trainers.config import TrialConfig, trial_id
 from trainers.data import open_data
 from trainers.dotted import load
 from trainers.evaluate import Evaluation
-from trainers.loader import TARGETS, Order, batches, split_batch
-from trainers.methods import Batch, Method, Progress
+from trainers.loader import CAPTIONS, TARGETS, Order, Reader, Shares, batches
+from trainers.methods import Method
+from trainers.step import Stepper
 from trainers.streams import Streams
 from trainers.tokens import table as token_table
 from trainers.tokens.norms import NormRow, last_layer_metrics
-from trainers.tokens.stream import TrainingStream
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ Stop = Callable[[], str | None]
 
 _LOG_POINTS = 50  # how often the loss is looked at and reported in a run
 _COLLECT_EVERY = 150  # steps between runs of Python's garbage collector, which is off otherwise
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,11 @@ def train(
         directory: receives token_norms.parquet, probes.parquet, per_image.parquet, norm_map.npz and checkpoints/.
         cache: folder of decoded data sets, on a local disk; default is beside `directory`.
         resume_from: folders in which to look for the newest whole checkpoint, besides `directory`'s own.
-        should_stop: asked at every step; an answer ends training there with a checkpoint and that status.
+        should_stop: asked at every step; an answer ends training there with a checkpoint and that status. With
+            several ranks the first one is asked, 50 times in a run.
+
+    Several ranks: torchrun's environment, or a process group that the caller has initialised, makes every rank train
+    its share of each batch; the first one reports and writes.
 
     Raises:
         ValueError: the data set or a setting cannot be used on this machine.
@@ -83,71 +87,87 @@ def train(
         raise ValueError("config is not a resolved TrialConfig; trainers.config.resolve makes one from settings")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    training = _Training(config, directory, cache or directory.parent / "cache")
-    training.resume([*resume_from, directory / "checkpoints"], report)
-    with _garbage_collector_off():
-        try:
-            return training.run(report, should_stop)
-        except FloatingPointError as error:  # finite losses, but features that are not
-            return training.diverged(str(error))
+    device = _device(config)
+    with distributed.process_group(device):
+        training = _Training(config, directory, cache or directory.parent / "cache", device)
+        training.resume([*resume_from, directory / "checkpoints"], report)
+        with _garbage_collector_off():
+            try:
+                return training.run(report, should_stop)
+            except FloatingPointError as error:  # finite losses, but features that are not
+                return training.diverged(str(error))
 
 
 class _Training:
-    """State of one run: model, optimiser, random streams, where it stands, and what was recorded."""
+    """State of one run: what a step changes, random streams, where it stands, and what was recorded."""
 
-    def __init__(self, config: TrialConfig, directory: Path, cache: Path) -> None:
-        self.config, self.directory = config, directory
-        self.device = _device(config)
+    def __init__(self, config: TrialConfig, directory: Path, cache: Path, device: torch.device) -> None:
+        self.config, self.directory, self.device = config, directory, device
         assert isinstance(config.model.image_size, int), "the configuration is not resolved"
         self.data = open_data(config.data, config.execution, config.model.image_size, cache)
         self.streams = Streams(config.seed)
-        self.backbone = vit.build(config.model, self.streams).to(self.device)
-        self.method = self._build_method().to(self.device)
-        self.optimizer = optim.build_optimizer(self.method, config.optim)
-        self.ema = (
-            None if config.optim.ema_decay is None else optim.EMA(self.backbone, cast(float, config.optim.ema_decay))
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
-        self.evaluation = Evaluation(config, self.data, self.streams, self.device)
-        self.token_stream = self._build_token_stream()
+        self.backbone = vit.build(config.model, self.streams)
+        self.started_from = self._start_from()
+        self.method = self._build_method().to(device)
+        self._make_fast(cache)
+        self.stepper = Stepper(config, self.method, self.streams, device)
+        self.evaluation = Evaluation(config, self.data, self.streams, device)
         self.step = 0
         self.history: list[tuple[int, dict[str, float]]] = []
         self.rows: list[NormRow] = []
-        self._loss_sums: dict[str, Tensor] = {}
-        self._loss_steps = 0
         self._images, self._seconds = 0, 0.0
         self._last_good = 0  # the last step whose loss was looked at and finite
+
+    def _start_from(self) -> str | None:
+        """Fingerprint of the weights that the backbone starts from; None where they are random."""
+        init = self.config.model.init_from
+        if init is None:
+            return None
+        if not isinstance(self.backbone, vit.ViT):
+            raise ValueError(
+                "model.init_from loads into the built-in ViT only, and model.factory names another backbone"
+            )
+        return weights.start_from(self.backbone, init, self.config.execution)
 
     def _build_method(self) -> Method:
         name = self.config.method
         build = load(catalog.METHODS[name].build if name in catalog.METHODS else name)
         return cast(Method, build(self.config, self.backbone, len(self.data.class_names), self.streams))
 
-    def _build_token_stream(self) -> TrainingStream | None:
-        if not (self.config.tokens.training_stream and isinstance(self.backbone, vit.ViT)):
-            return None
-        return TrainingStream(self.backbone.depth + 1, self.backbone.num_registers, self.device)
+    def _make_fast(self, cache: Path) -> None:
+        """Compiles the blocks of all ViTs that the method holds, and sets up activation checkpointing."""
+        if self.config.compile:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))  # trials of a node share it
+            torch.compiler.reset()  # what this process has compiled for earlier trials would only pile up
+        for module in self.method.modules():
+            if isinstance(module, vit.ViT):
+                module.activation_checkpointing = self.config.execution.activation_checkpointing
+                if self.config.compile:
+                    module.compile_blocks()
 
     def run(self, report: Report, should_stop: Stop) -> Result:
         """Train from `self.step` to the end."""
         config, steps = self.config, self.config.optim.steps
         log_every = max(1, steps // _LOG_POINTS)
         evaluate_at = {round(steps * i / config.evaluation.points) for i in range(1, config.evaluation.points + 1)}
-        order = Order(len(self.data.train), config.optim.batch_size, self.streams)
-        needs = catalog.METHODS[config.method].needs if config.method in catalog.METHODS else TARGETS
+        shares = Shares(config.optim.batch_size, cast(int, config.optim.micro_batch_size))
+        alone = distributed.world_size() == 1
         self.method.train()
-        saved = looked = time.monotonic()
-        for batch in batches(self.data.train, order, self.step, steps, self.device, needs):
-            if reason := should_stop():
+        self._saved = looked = time.monotonic()
+        for batch in batches(self._reader(shares), self.step, steps):
+            is_log_point = self.step % log_every == 0
+            if (alone or is_log_point) and (reason := distributed.from_first(should_stop())):
                 self._save()
                 return self._result(reason)
-            self._one_step(batch)
+            self.stepper(list(shares.parts(batch)), self.step)
+            self.step += 1
+            self._images += config.optim.batch_size
+            if self.step % _COLLECT_EVERY == 0:
+                gc.collect()
             if self.step % log_every and self.step not in evaluate_at and self.step < steps:
-                if time.monotonic() - saved >= config.execution.checkpoint_seconds:
-                    self._save()
-                    saved = time.monotonic()
+                self._save_if_due(ask=alone)
                 continue
-            metrics = self._take_losses()  # the only wait for the device
+            metrics = self.stepper.take_losses()  # the only wait for the device
             if not all(map(math.isfinite, metrics.values())):
                 bad = ", ".join(f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value))
                 return self.diverged(f"{bad} between steps {self._last_good} and {self.step}")
@@ -156,102 +176,79 @@ class _Training:
             if self.step in evaluate_at and self.step < steps:
                 metrics |= self._evaluate()
             self._record(report, metrics)
-            if self.step == steps or time.monotonic() - saved >= config.execution.checkpoint_seconds:
-                self._save()
-                saved = time.monotonic()
+            self._save_if_due(ask=True)
             looked = time.monotonic()
         self._finish(report)
         return self._result("finished")
 
-    def _one_step(self, batch: Batch) -> None:
-        """One optimiser step, nothing of which waits for the device."""
-        optim.set_learning_rate(self.optimizer, optim.learning_rate(self.step, self.config.optim))
-        progress = Progress(self.step, self.config.optim.steps)
-        size = cast(int, self.config.optim.micro_batch_size)
-        parts = len(batch.images) // size
-        for part in split_batch(batch, size):
-            with self._tapped():
-                views = self.method.views(part, self.streams)
-                with self._autocast():
-                    losses = self.method.losses(views, progress)
-            total = torch.stack(list(losses.values())).sum() / parts
-            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
-            for name, loss in {"loss": total * parts, **(losses if len(losses) > 1 else {})}.items():
-                self._loss_sums[name] = self._loss_sums.get(name, 0.0) + loss.detach() / parts
-        self.scaler.unscale_(self.optimizer)
-        if self.config.optim.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.method.parameters(), self.config.optim.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.backbone)
-        self.method.after_step(progress)
-        self.step += 1
-        self._loss_steps += 1
-        self._images += len(batch.images)
-        if self.step % _COLLECT_EVERY == 0:
-            gc.collect()
+    def _reader(self, shares: Shares) -> Reader:
+        config = self.config
+        needs = catalog.METHODS[config.method].needs if config.method in catalog.METHODS else (*TARGETS, CAPTIONS)
+        repeats = 1 if config.deit3 is None else config.deit3.repeats
+        order = Order(len(self.data.train), config.optim.batch_size, self.streams, repeats)
+        return Reader(self.data.train, order, shares, needs, self.method.prepare, self.device)
 
-    @contextmanager
-    def _tapped(self) -> Iterator[None]:
-        """Adds the token norms of the forward pass inside to the statistics of the training stream."""
-        if self.token_stream is None:
-            yield
-            return
-        backbone = cast(vit.ViT, self.backbone)
-        norms: list[Tensor] = []
-        backbone.tap = lambda _, x_BTD: norms.append(
-            torch.linalg.vector_norm(x_BTD.detach(), dim=-1, dtype=torch.float32)
-        )
-        try:
-            yield
-        finally:
-            backbone.tap = None
-        self.token_stream.update(torch.stack(norms))
-
-    def _autocast(self) -> torch.autocast:
-        dtype = _DTYPES.get(self.config.precision, torch.bfloat16)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.config.precision != "fp32")
-
-    def _take_losses(self) -> dict[str, float]:
-        """Mean losses since they were last taken, in one transfer."""
-        names = list(self._loss_sums)
-        values = (torch.stack([self._loss_sums[name] for name in names]) / self._loss_steps).tolist()
-        self._loss_sums, self._loss_steps = {}, 0
-        return {f"train/{name}": value for name, value in zip(names, values, strict=True)}
+    def _save_if_due(self, *, ask: bool) -> None:
+        """Save at the end, at a step that is to be kept, and after a while: the first rank's clock, where we `ask`."""
+        execution = self.config.execution
+        due = self.step == self.config.optim.steps or self.step in execution.keep_steps
+        if ask:
+            due = distributed.from_first(due or time.monotonic() - self._saved >= execution.checkpoint_seconds)
+        if due:
+            self._save()
+            self._saved = time.monotonic()
 
     def _record(self, report: Report, metrics: dict[str, float]) -> None:
         self.history.append((self.step, metrics))
-        report(self.step, metrics)
+        if distributed.rank() == 0:
+            report(self.step, metrics)
 
     def _evaluate(self, splits: tuple[str, ...] = ("validation",)) -> dict[str, float]:
-        """Probes on `splits` and token norms of all weights, at the current step."""
+        """Probes on `splits` and token norms of all weights, at the current step; done by the first rank."""
+        stream = self.stepper.token_stream
+        if stream is not None:
+            stream.reduce_to_first()
+        metrics, problem = {}, None
+        if distributed.rank() == 0:
+            try:
+                metrics = self._measure(splits)
+            except FloatingPointError as error:
+                problem = str(error)
+        if (problem := distributed.from_first(problem)) is not None:
+            raise FloatingPointError(problem)
+        if stream is not None:
+            drained = stream.drain(trial_id=trial_id(self.config), step=self.step, weights="raw")
+            self.rows += drained if distributed.rank() == 0 else []
+        self.method.train()
+        distributed.barrier()
+        return metrics
+
+    def _measure(self, splits: tuple[str, ...]) -> dict[str, float]:
         name = catalog.METHODS[self.config.method].weights if self.config.method in catalog.METHODS else "raw"
-        evaluated = self.method.evaluated()
+        evaluated, ema = self.method.evaluated(), self.stepper.ema
         rows = self.evaluation.token_rows(evaluated, name, self.step)
         metrics = {**last_layer_metrics(rows), **self.evaluation.score(evaluated, splits, self.directory)}
         self.rows += rows
         if name != "raw":
             self.rows += self.evaluation.token_rows(self.backbone, "raw", self.step)
-        if self.ema is not None and name != "ema":
-            self.rows += self.evaluation.token_rows(self.ema.module, "ema", self.step)
-        if self.token_stream is not None:
-            self.rows += self.token_stream.drain(trial_id=trial_id(self.config), step=self.step, weights="raw")
-        self.method.train()
+        if ema is not None and name != "ema":
+            self.rows += self.evaluation.token_rows(ema.module, "ema", self.step)
         return metrics
 
     def _finish(self, report: Report) -> None:
         """The last evaluation, the only look at the test set, and the files of the trial."""
         self._record(report, self._evaluate(("validation", "test")))
-        self.evaluation.write_norm_map(self.method.evaluated(), self.directory)
-        self.evaluation.write_probes(self.history, self.directory)
-        token_table.write(self.rows, self.directory / "token_norms.parquet")
+        if distributed.rank() == 0:
+            self.evaluation.write_norm_map(self.method.evaluated(), self.directory)
+            self.evaluation.write_probes(self.history, self.directory)
+            token_table.write(self.rows, self.directory / "token_norms.parquet")
+        distributed.barrier()
 
     def diverged(self, message: str) -> Result:
         """How a run ends whose numbers are no longer finite; what was recorded until then is kept."""
         log.warning("diverged: %s", message)
-        token_table.write(self.rows, self.directory / "token_norms.parquet")
+        if distributed.rank() == 0:
+            token_table.write(self.rows, self.directory / "token_norms.parquet")
         error = {"type": "Diverged", "message": message, "traceback": ""}
         return Result("diverged", self._last_good, self._speed(), self.device.type, self.data.fingerprint, error)
 
@@ -266,41 +263,39 @@ class _Training:
             "trial_id": trial_id(self.config),
             "step": self.step,
             "last_good": self._last_good,
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "started_from": self.started_from,
             "streams": self.streams.state_dict(),
-            "token_stream": None if self.token_stream is None else self.token_stream.state_dict(),
-            "losses": (dict(self._loss_sums), self._loss_steps),
             "history": self.history,
             "rows": _to_tensor(token_table.to_table(self.rows)),
+            **self.stepper.state_dict(),
         }
-        checkpoint.save(self.directory / "checkpoints", self.step, state, self.config.execution.keep_checkpoints)
+        execution = self.config.execution
+        if distributed.rank() == 0:
+            folder = self.directory / "checkpoints"
+            checkpoint.save(folder, self.step, state, execution.keep_checkpoints, execution.keep_steps)
+        distributed.barrier()
 
     def resume(self, folders: Iterable[Path], report: Report) -> None:
         """Go on from the newest whole checkpoint, if there is one, reporting again what it had reported."""
-        state = checkpoint.load_newest(folders)
+        state = distributed.from_first(checkpoint.load_newest(folders) if distributed.rank() == 0 else None)
         if state is None:
             return
         if state["trial_id"] != trial_id(self.config):
             raise ValueError(f"the checkpoint belongs to trial {state['trial_id']}, not to this configuration")
+        if state["started_from"] != self.started_from:
+            raise ValueError(
+                f"model.init_from gives other weights ({self.started_from}) than when this trial began "
+                f"({state['started_from']}); bring the former ones back, or start another trial"
+            )
         self.step, self._last_good = state["step"], state["last_good"]
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.stepper.load_state_dict(state)
         self.streams.load_state_dict(state["streams"])
-        if self.token_stream is not None:
-            self.token_stream.load_state_dict(state["token_stream"])
-        sums, self._loss_steps = state["losses"]
-        self._loss_sums = {name: value.to(self.device) for name, value in sums.items()}
         self.history = [(step, dict(metrics)) for step, metrics in state["history"]]
-        self.rows = token_table.from_table(_from_tensor(state["rows"]))
+        self.rows = token_table.from_table(_from_tensor(state["rows"])) if distributed.rank() == 0 else []
         log.info("resumed at step %d", self.step)
-        for step, metrics in self.history:
-            report(step, metrics)
+        if distributed.rank() == 0:
+            for step, metrics in self.history:
+                report(step, metrics)
 
 
 def _device(config: TrialConfig) -> torch.device:
@@ -308,7 +303,10 @@ def _device(config: TrialConfig) -> torch.device:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ValueError("execution.device is cuda, but this machine has no usable GPU")
-    device = torch.device("cuda" if wanted != "cpu" and available else "cpu")
+    device = torch.device("cpu")
+    if wanted != "cpu" and available:  # torchrun numbers the ranks of a machine
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     if config.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     return device

@@ -17,7 +17,7 @@ from tests.orchestrator.sweeps import ORCHESTRATE, Small, environment, run
 def test_help_names_every_command() -> None:
     done = run([*ORCHESTRATE, "--help"])
     assert done.returncode == 0
-    for command in ("sweep", "plan", "status", "logs", "stop", "report", "ui", "schema"):
+    for command in ("sweep", "plan", "status", "logs", "stop", "report", "export", "ui", "schema"):
         assert command in done.stdout
 
 

@@ -6,9 +6,11 @@ from typing import Any
 import jsonschema
 import pytest
 
+from orchestrator.plan import build_plan
 from orchestrator.schema import sweep_schema
 from orchestrator.spec import Resources, SpecError, Sweep, dump, read_sweep, unsupported
 from orchestrator.yaml_file import read
+from trainers.catalog import METHODS
 from trainers.config import fields
 
 FULL = """\
@@ -37,6 +39,7 @@ scheduler: {name: asha, metric: val/knn/top1}
 search: {name: tpe, samples: 16, metric: val/knn/top1, space: {optim.warmup_lr: {low: 1e-5, high: 1e-3, log: true}}}
 budget: {gpu_hours: 200}
 """
+WITHOUT_CAPTIONS = "axes.method=[deit3, dino, dinov2]"
 SWEEPS = sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml"))
 
 
@@ -100,11 +103,27 @@ def test_a_sweep_that_is_written_is_read_back_equal(full: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("overrides", [[], ["data.train=fashion_mnist"], ["data.train=image_folder", "data.name=own"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.train=fashion_mnist", WITHOUT_CAPTIONS],
+        ["data.train=image_folder", "data.name=own", WITHOUT_CAPTIONS],
+    ],
+    ids=str,
+)
 def test_the_sweeps_of_the_project_are_right(path: Path, overrides: list[str]) -> None:
     sweep = read_sweep(path, overrides)
     assert sweep.question
     assert sweep.name.split("@")[0] == path.stem
+
+
+def test_the_sweep_of_all_methods_can_be_made_large() -> None:
+    (path,) = (path for path in SWEEPS if path.stem == "num_registers")
+    large = ["model.size=base", "model.patch_size=16", "data.decode_size=224", "optim.steps=100000"]
+    trials = build_plan(read_sweep(path, large)).trials
+    assert {trial.config.method for trial in trials} == set(METHODS)
+    assert {(trial.config.preset, trial.config.model.image_size) for trial in trials} == {("short", 224)}
 
 
 class TestOverrides:

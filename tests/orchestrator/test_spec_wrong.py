@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
     ),
     "fraction for a whole number": (
         edited(TRIAL, "  optim.steps: 1e3\n"),
-        [(3, "optim.steps is 1000.0; allowed: a whole number from 1 to 100000000; did you mean 1000?")],
+        [(3, "optim.steps is 1000.0; allowed: a whole number from 0 to 100000000; did you mean 1000?")],
     ),
     "yes for true": (
         edited(TRIAL, "  deit3.flip: yes\n"),

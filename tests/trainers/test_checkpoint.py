@@ -57,3 +57,38 @@ def test_flipped_and_truncated_files_are_never_loaded(tmp_path: Path, caplog: py
 def test_a_partial_file_is_not_seen(tmp_path: Path) -> None:
     (tmp_path / ".step_000000009.pt.1.partial").write_bytes(b"half")
     assert checkpoint.load_newest([tmp_path]) is None
+
+
+def test_steps_that_others_start_from_are_never_removed(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        checkpoint.save(tmp_path, step, state(step), keep=1, keep_steps=(2, 5, 99))
+    kept = checkpoint.steps([tmp_path, tmp_path / "absent", tmp_path])
+    assert {step: [path.name for path in paths] for step, paths in kept.items()} == {
+        7: ["step_000000007.pt"],
+        5: ["step_000000005.pt"],
+        2: ["step_000000002.pt"],
+    }
+    assert list(kept) == [7, 5, 2]
+    assert len(list(tmp_path.iterdir())) == 6, "each with its checksum"
+    for step, (path,) in kept.items():
+        assert checkpoint.read(path)["step"] == step
+    loaded = checkpoint.load_newest([tmp_path])
+    assert loaded is not None and loaded["step"] == 7
+
+
+def test_a_damaged_checkpoint_that_is_only_read_stays_where_it_is(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 3, state(3))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"step_000000003\.pt is damaged: .* step_000000003\.pt\.sha256"):
+        checkpoint.read(path)
+    assert path.is_file()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"step_000000003\.pt cannot be read: No such file"):
+        checkpoint.read(path)
+
+
+def test_folders_of_a_trial_are_those_that_exist(tmp_path: Path) -> None:
+    assert checkpoint.folders_of(tmp_path) == []
+    for folder in ("attempts/1/checkpoints", "attempts/2", "checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert checkpoint.folders_of(tmp_path) == [tmp_path / "checkpoints", tmp_path / "attempts" / "1" / "checkpoints"]

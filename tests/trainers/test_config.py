@@ -25,7 +25,10 @@ SETTINGS = {
     "optim.lr": 3e-3,
     "optim.steps": 600,
     "seed": 1,
+    "preset": "short",
 }
+DINO = {"method": "dino", "model.patch_size": 8}
+DINOV2 = {**DINO, "method": "dinov2"}
 
 
 def faults(settings: dict[str, object]) -> list[str]:
@@ -39,6 +42,13 @@ class TestIdentity:
         # Every finished trial of every user is found by its id. A change here must be meant: a new setting names in
         # AS_BEFORE the value that means "as before", and then this id stays.
         assert trial_id(resolve(SETTINGS)) == "9e4db4811743d8e4"
+        assert trial_id(resolve({**SETTINGS, "model.num_registers": 0})) == "359e818bf22c3304"
+
+    def test_values_as_before_are_the_defaults_of_existing_settings(self) -> None:
+        defaults = flatten(TrialConfig().model_dump())
+        assert {name: defaults[name] for name in config.AS_BEFORE} == config.AS_BEFORE
+        everything = resolve({**SETTINGS, **config.AS_BEFORE})
+        assert trial_id(everything) == trial_id(resolve(SETTINGS))
 
     def test_the_way_a_trial_is_written_does_not_matter(self) -> None:
         assert trial_id(resolve(nest(SETTINGS))) == trial_id(resolve(SETTINGS))
@@ -48,7 +58,7 @@ class TestIdentity:
         )
 
     def test_defaults_presets_and_auto_are_expanded(self) -> None:
-        spelled = {**SETTINGS, "precision": "fp32", "optim.warmup_steps": 30, "model.image_size": 32, "preset": "short"}
+        spelled = {**SETTINGS, "precision": "fp32", "optim.warmup_steps": 30, "model.image_size": 32}
         assert trial_id(resolve(spelled)) == trial_id(resolve(SETTINGS))
         recipe = presets.PRESETS["deit3"]["imagenet21k"]
         assert trial_id(resolve(recipe)) == trial_id(resolve({"preset": "imagenet21k"}))
@@ -60,6 +70,9 @@ class TestIdentity:
             "execution.data_root": "/elsewhere",
             "execution.checkpoint_seconds": 1.0,
             "execution.keep_checkpoints": 9,
+            "execution.keep_steps": [300],
+            "execution.trials_root": "/elsewhere",
+            "execution.activation_checkpointing": True,
         }
         assert set(other) == {name for name in fields() if name.startswith("execution.")}
         assert trial_id(resolve({**SETTINGS, **other})) == trial_id(resolve(SETTINGS))
@@ -72,6 +85,16 @@ class TestIdentity:
             ("optim.micro_batch_size", 64),
             ("data.decode_size", 40),
             ("data.seed", 1),
+            ("compile", True),
+            ("model.sink", "softmax1"),
+            ("model.register_mask", "detached"),
+            ("model.init_from.timm", "vit_tiny_patch16_224"),
+            ("optim.schedule", "dino"),
+            ("optim.decay_registers", False),
+            ("optim.decay_tokens", "all"),
+            ("optim.weight_decay_end", 0.4),
+            ("deit3.repeats", 2),
+            ("deit3.mix_group_size", 64),
         ],
     )
     def test_what_a_trial_computes_is_part_of_it(self, name: str, value: object) -> None:
@@ -79,7 +102,7 @@ class TestIdentity:
 
     def test_a_setting_at_its_value_as_before_is_left_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = identity(resolve(SETTINGS))
-        monkeypatch.setattr(config, "AS_BEFORE", {"optim.beta2": 0.999})
+        monkeypatch.setattr(config, "AS_BEFORE", {**config.AS_BEFORE, "optim.beta2": 0.999})
         assert identity(resolve(SETTINGS)) == {key: value for key, value in before.items() if key != "optim.beta2"}
         assert identity(resolve({**SETTINGS, "optim.beta2": 0.9})) == {**before, "optim.beta2": 0.9}
 
@@ -91,8 +114,55 @@ class TestIdentity:
         assert (own.deit3, own.data.scenes, own.data.name) == (None, None, None)
         assert resolve({"evaluation.probes": ["knn"]}).evaluation.linear is None
 
+    @pytest.mark.parametrize(
+        ("settings", "other"),
+        [
+            ({"model.num_registers": 0}, {"model.register_mask": "detached"}),
+            ({"model.num_registers": 0}, {"optim.decay_registers": False}),
+            ({"optim.weight_decay": 0.0}, {"optim.decay_registers": False, "optim.decay_tokens": "all"}),
+            ({}, {"model.drop_path_group": 16}),
+            ({}, {"optim.weight_decay_end": 0.05}),
+            ({"optim.optimizer": "sgd"}, {"optim.eps": 1e-4}),
+            ({"optim.schedule": "open_clip"}, {"optim.min_lr": 1e-4, "optim.warmup_lr": 1e-4}),
+            ({"deit3.cutmix": 0.0}, {"deit3.mix_group_size": 16}),
+            ({}, {"deit3.mix_group_size": 128}),  # the whole batch
+            ({}, {"model.init_from.timm": None}),
+            ({**DINO, "dino.crops.num_local": 0}, {"dino.crops.local_size": 8, "dino.crops.local_scale": [0.1, 0.2]}),
+            ({**DINO, "dino.teacher_temp": 0.07}, {"dino.warmup_teacher_temp": 0.05}),
+            ({**DINO, "dino.teacher_temp": 0.04}, {"dino.warmup_teacher_temp_steps": 9}),
+            ({**DINOV2, "dinov2.separate_heads": False}, {"dinov2.ibot_head.prototypes": 64}),
+            ({**DINOV2, "dinov2.separate_heads": False}, {"dinov2.separate_heads": True, "dinov2.ibot_head": None}),
+            ({**DINOV2, "dinov2.ibot_weight": 0}, {"dinov2.ibot_head.hidden": 64}),
+            ({**DINOV2, "dinov2.koleo.weight": 0}, {"dinov2.koleo.group_size": 16}),
+            (
+                {**DINOV2, "dinov2.mask_probability": 0, "dinov2.ibot_weight": 0},
+                {"dinov2.mask_ratio": [0.2, 0.3]},
+            ),
+            ({**DINOV2, "dinov2.centering": "softmax"}, {"dinov2.sinkhorn_iterations": 5}),
+            ({**DINOV2, "dinov2.centering": "sinkhorn"}, {"dinov2.center_momentum": 0.5}),
+        ],
+        ids=str,
+    )
+    def test_new_settings_without_effect_make_no_other_trial(
+        self, settings: dict[str, object], other: dict[str, object]
+    ) -> None:
+        assert trial_id(resolve({**settings, **other})) == trial_id(resolve(settings))
+
+    def test_settings_get_an_effect_back_with_what_they_belong_to(self) -> None:
+        plain = resolve({"model.num_registers": 0, "optim.optimizer": "sgd", "optim.schedule": "open_clip"})
+        assert (plain.optim.eps, plain.optim.min_lr, plain.optim.warmup_lr) == (None, None, None)
+        given = {**flatten(plain.model_dump()), "optim.optimizer": "adamw", "optim.schedule": "timm"}
+        again = resolve({**given, "model.num_registers": 4})
+        assert (again.optim.eps, again.optim.min_lr, again.optim.warmup_lr) == (1e-8, 1e-5, 1e-6)
+        assert (again.model.register_mask, again.optim.decay_registers) == ("full", True)
+        soft = resolve({**DINOV2, "dinov2.centering": "softmax"}).dinov2
+        assert soft is not None and (soft.center_momentum, soft.sinkhorn_iterations) == (0.9, None)
+
     def test_resolving_twice_changes_nothing(self) -> None:
-        for settings in (SETTINGS, {"preset": "imagenet21k"}, {"data.train": "image_folder", "data.name": "own"}):
+        nano = {"model.size": "nano", "data.train": "fashion_mnist"}
+        other = {"data.train": "image_folder", "data.name": "own"}
+        shared = {**DINOV2, "dinov2.separate_heads": False, "dinov2.koleo.weight": 0}
+        for settings in (SETTINGS, {"preset": "imagenet21k"}, nano, other, DINO, DINOV2, shared):
             once = resolve(settings)
             assert resolve(once.model_dump()) == once
 
@@ -121,6 +191,16 @@ class TestResolving:
             for size in catalog.MODEL_SIZES:
                 assert resolve({"method": method, "model.size": size}).model.size == size
 
+    def test_a_section_that_is_null_goes_before_what_the_preset_has_in_it(self) -> None:
+        shared = resolve({**DINOV2, "dinov2.ibot_head": None, "dinov2.koleo": None}).dinov2
+        assert shared is not None and (shared.ibot_head, shared.koleo, shared.separate_heads) == (None, None, False)
+
+    def test_local_crops_are_three_sevenths_of_the_image_in_whole_patches(self) -> None:
+        for image_size, patch_size, expected in ((224, 16, 96), (224, 14, 98), (32, 8, 16), (16, 16, 16)):
+            sizes = {"model.image_size": image_size, "model.patch_size": patch_size}
+            settings = resolve({**DINO, **sizes}).dino
+            assert settings is not None and settings.crops.local_size == expected
+
     def test_a_configuration_cannot_be_changed(self) -> None:
         with pytest.raises(ValidationError):
             resolve(SETTINGS).seed = 3  # type: ignore[misc]
@@ -129,7 +209,7 @@ class TestResolving:
 class TestMessages:
     def test_everything_wrong_is_said_at_once(self) -> None:
         assert faults({"model.num_registers": 17, "optim.lr": float("nan"), "method": "deit4"}) == [
-            "method is 'deit4', which does not exist; did you mean deit3?; allowed: deit3, "
+            "method is 'deit4', which does not exist; did you mean deit3?; allowed: deit3, openclip, dino, dinov2, "
             "package.module:Class of your own",
             "model.num_registers is 17; allowed: a whole number from 0 to 16",
             "optim.lr is .nan; allowed: a number above 0, at most 10",
@@ -147,12 +227,76 @@ class TestMessages:
             ({"evaluation.probes": "knn"}, "evaluation.probes is 'knn'; allowed: a list of names"),
             ({"evaluation.probes": ["knn", "knn"]}, "evaluation.probes is [knn, knn]; each may be named once"),
             ({"data.name": "a/b"}, "data.name is 'a/b'; allowed: a text that matches ^[A-Za-z0-9]"),
-            ({"preset": "x"}, "preset 'x' does not exist for method 'deit3'; allowed: short, imagenet21k"),
+            ({"preset": "x"}, "preset 'x' does not exist for method 'deit3'; allowed: short, nano, imagenet1k"),
             ({"deit3": None, "deit3.flip": True}, "deit3 is set to a value and to fields of its own at once"),
             ({"model.image_size": 100}, "model.patch_size 16 does not divide model.image_size 100"),
             ({"deit3": None}, "deit3 is null; method deit3 needs it"),
             ({"evaluation.knn": None}, "evaluation.knn is null; evaluation.probes names it"),
             ({"data.train": "image_folder"}, "data.name is missing: data.train image_folder needs a logical name"),
+            ({"deit3.mix_group_size": 48}, "deit3.mix_group_size 48 does not divide optim.micro_batch_size 128"),
+            (
+                {"model.drop_path": 0.1, "model.drop_path_group": 48},
+                "model.drop_path_group 48 does not divide optim.micro_batch_size 128",
+            ),
+            ({"method": "openclip", "data.train": "fashion_mnist"}, "method openclip needs captions; data.train fash"),
+            (
+                {"method": "openclip", "openclip.text_heads": 5},
+                "openclip.text_heads 5 does not divide openclip.text_width 256",
+            ),
+            ({**DINO, "dino.teacher_temp": 0}, "dino.teacher_temp is 0; allowed: a number above 0, at most 10"),
+            (
+                {**DINOV2, "dinov2.teacher_temp": -1.0},
+                "dinov2.teacher_temp is -1.0; allowed: a number above 0, at most 10",
+            ),
+            (
+                {**DINO, "dino.crops.local_size": 72},
+                "dino.crops.local_size 72 is larger than model.image_size 64, the side of the global crops",
+            ),
+            (
+                {**DINOV2, "dinov2.crops.local_size": 20},
+                "model.patch_size 8 does not divide dinov2.crops.local_size 20",
+            ),
+            (
+                {**DINO, "dino.crops.global_scale": [0.5, 0.4]},
+                "dino.crops.global_scale is [0.5, 0.4]; allowed: two rising numbers from 0.0001 to 1",
+            ),
+            (
+                {**DINOV2, "optim.batch_size": 48},
+                "dinov2.koleo.group_size 32 does not divide optim.micro_batch_size 48",
+            ),
+            (
+                {**DINO, "optim.micro_batch_size": 32},
+                "optim.micro_batch_size 32 is not optim.batch_size 128: the losses of method dino couple all images",
+            ),
+            (
+                {**DINOV2, "dinov2.dino_weight": 0, "dinov2.ibot_weight": 0},
+                "dinov2.dino_weight and dinov2.ibot_weight are both 0, so that nothing would be learned",
+            ),
+            (
+                {**DINOV2, "dinov2.mask_probability": 0},
+                "dinov2.mask_probability is 0, so that iBOT with dinov2.ibot_weight 1.0 has nothing to predict",
+            ),
+            (
+                {"model.init_from.file": "a.pth", "model.init_from.timm": "vit_tiny_patch16_224"},
+                "model.init_from wants one of file, timm and trial; it has file and timm",
+            ),
+            (
+                {"model.init_from.trial": "0123456789abcdef"},
+                "model.init_from.step is null; it goes with model.init_from.trial alone",
+            ),
+            (
+                {"model.init_from.file": "a.pth", "model.init_from.step": 0},
+                "model.init_from.step is 0; it goes with model.init_from.trial alone",
+            ),
+            ({"model.init_from.trial": "../x"}, "model.init_from.trial is '../x'; allowed: a text that matches ^[0-9"),
+            (
+                {"model.factory": "my.own:build", "model.sink": "softmax1"},
+                "model.sink 'softmax1' is what the built-in ViT can do; model.factory names another backbone, so leave",
+            ),
+            (
+                {"model.factory": "my.own:build", "model.init_from.timm": "vit_tiny_patch16_224"},
+                "model.init_from loads into the built-in ViT only",
+            ),
         ],
     )
     def test_each_says_what_is_allowed(self, settings: dict[str, object], message: str) -> None:
@@ -167,6 +311,10 @@ class TestMessages:
             ("optim.micro_batch_size", "optim.batch_size"),
             ("optim.warmup_steps", "optim.steps"),
         ]
+
+    def test_a_factory_is_given_what_it_can_follow(self) -> None:
+        own = {"method": "openclip", "model.factory": "my.own:build", "model.num_registers": 4}
+        assert resolve(own).model.pre_norm
 
     def test_needs_that_the_data_do_not_meet(self, monkeypatch: pytest.MonkeyPatch) -> None:
         needy = catalog.MethodEntry(build="x:X", needs=("classes", "captions"), weights="raw", section="deit3")
@@ -190,7 +338,8 @@ class TestSingleSettings:
 
     def test_every_setting_accepts_its_default(self) -> None:
         defaults = flatten(TrialConfig().model_dump())
-        assert list(defaults) == list(fields())
+        assert defaults.pop("model.init_from") is None  # the only section that is null by default
+        assert list(defaults) == [name for name in fields() if not name.startswith("model.init_from.")]
         for name, value in defaults.items():
             assert check(name, value) == (value, [])
 
@@ -201,6 +350,9 @@ class TestSingleSettings:
             ("lr", "lr is not a setting; did you mean optim.lr?"),
             ("steps", "steps is not a setting; did you mean optim.steps or evaluation.linear.steps?"),
             ("epochs", "epochs is not a setting; did you mean optim.steps?"),
+            ("registers", "registers is not a setting; did you mean model.num_registers?"),
+            ("model.reg_tokens", "model.reg_tokens is not a setting of model; did you mean model.num_registers?"),
+            ("dinov2.koleo", "dinov2.koleo is a section; its settings are dinov2.koleo.weight, dinov2.koleo.group_siz"),
             ("model", "model is a section; its settings are model.size, model.patch_size"),
             ("model.size.x", "model.size.x does not exist; model.size is a setting without fields of its own"),
             ("zzz", "zzz is not a setting; allowed: method, preset, seed"),

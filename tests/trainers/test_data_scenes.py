@@ -137,6 +137,21 @@ def test_without_contrast_only_the_digit_is_seen_and_stands_out(alone: tuple[np.
     assert (colours.std(0) > 25).all()
 
 
+def test_without_colours_digits_are_white_on_grey_and_all_else_is_as_with_them() -> None:
+    plain = ScenesConfig(contrast=0.0, colored=False)
+    grey, targets = Renderer(plain, 0, "train", 48).render(0, 50)
+    _, colored_targets = Renderer(ScenesConfig(contrast=0.0), 0, "train", 48).render(0, 50)
+    for name in ("classes", "segmentation", "depth", "boxes"):
+        assert np.array_equal(targets[name], colored_targets[name], equal_nan=name == "boxes"), name
+    assert targets["captions"] == colored_targets["captions"]
+    assert np.array_equal(grey[..., 0], grey[..., 1]) and np.array_equal(grey[..., 0], grey[..., 2])
+    assert {int(image.min()) for image in grey} == {64}  # the background of every image, whatever its photograph
+    assert all(image.max() == 255 for image in grey)
+    textured, _ = Renderer(ScenesConfig(contrast=0.3, colored=False, num_others=(0, 0)), 0, "train", 48).render(0, 50)
+    behind = targets["segmentation"] == 0
+    assert 30 < textured[behind].mean() < 100 and textured[behind].std() > 5
+
+
 def test_with_full_contrast_the_photograph_is_untouched_outside() -> None:
     images, targets = Renderer(ScenesConfig(contrast=1.0, main_size=(0.2, 0.3)), 0, "validation", 300).render(0, 12)
     chelsea = np.asarray(Image.open(_photograph("chelsea.png")).convert("RGB"))  # 300 px high: every crop is as high

@@ -24,7 +24,7 @@ PROGRESS = Progress(step=0, steps=10)
 
 
 def config(**settings: object) -> TrialConfig:
-    model = {"model.size": "nano", "model.patch_size": 8, "model.image_size": 16}
+    model = {"preset": "short", "model.size": "nano", "model.patch_size": 8, "model.image_size": 16}
     return resolve({**model, **settings})
 
 

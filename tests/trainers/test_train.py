@@ -1,8 +1,5 @@
 """The training loop: exact resume after a kill, fair pairs, divergence, accumulation, files."""
 
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trainers import checkpoint, loader, train
+from trainers import loader, train
 from trainers.config import resolve
 from trainers.methods import Batch, Method, Progress
 from trainers.streams import Streams
@@ -55,38 +52,6 @@ def test_a_trial_reports_and_leaves_its_files(tiny: dict[str, Any], tmp_path: Pa
     with np.load(tmp_path / "norm_map.npz") as maps:
         assert maps["norms"].shape == (8, 2, 2)
         assert maps["layer"] == 4
-
-
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-from trainers.config import TrialConfig
-from trainers.train import train
-torch.set_num_threads(1)
-config = TrialConfig.model_validate_json(sys.argv[1])
-def report(step, metrics):
-    print(step, flush=True)
-    if step == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-train(config, report, Path(sys.argv[2]), cache=Path(sys.argv[3]))
-"""
-
-
-def test_a_killed_run_goes_on_bit_for_bit(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:
-    settings = {**tiny, **FULL}
-    _, undisturbed = run(settings, tmp_path / "whole", data_cache)
-    arguments = [resolve(settings).model_dump_json(), str(tmp_path / "1"), str(data_cache)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, timeout=120)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    result, reports = run(settings, tmp_path / "2", data_cache, resume_from=[tmp_path / "1" / "checkpoints"])
-    assert result.status == "finished"
-    assert reports == undisturbed
-    states = [checkpoint.load_newest([tmp_path / name / "checkpoints"]) for name in ("whole", "2")]
-    for name, weights in states[0]["method"].items():
-        assert torch.equal(weights, states[1]["method"][name]), name
-    for name in ("token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
 
 
 def test_a_run_that_was_asked_to_stop_goes_on_bit_for_bit(
@@ -136,27 +101,7 @@ def test_nan_ends_as_diverged_with_the_last_good_step(tiny: dict[str, Any], tmp_
 
 def trainer(settings: Mapping[str, Any], tmp_path: Path, cache: Path) -> Any:
     torch.set_num_threads(1)
-    return train._Training(resolve(settings), tmp_path, cache)
-
-
-def test_trials_that_differ_only_in_registers_share_everything_else(
-    tiny: dict[str, Any], tmp_path: Path, data_cache: Path
-) -> None:
-    """Data order, augmentations, mixing, drop path and all shared initial weights, to the bit."""
-    pair = [trainer({**tiny, **FULL, "model.num_registers": n}, tmp_path / str(n), data_cache) for n in (0, 16)]
-    weights = [one.method.state_dict() for one in pair]
-    for name in weights[0]:
-        assert torch.equal(weights[0][name], weights[1][name]), name
-    for step in range(3):
-        draws, views = [], []
-        for one in pair:
-            order = loader.Order(len(one.data.train), 16, one.streams)
-            batch = loader.fetch(one.data.train, order(step), one.device)
-            views.append(one.method.views(batch, one.streams))
-            draws.append(one.backbone._draw_drop_path(views[-1]["images"]))
-        assert torch.equal(views[0]["images"], views[1]["images"])
-        assert torch.equal(views[0]["targets"], views[1]["targets"])
-        assert torch.equal(draws[0], draws[1])
+    return train._Training(resolve(settings), tmp_path, cache, torch.device("cpu"))
 
 
 def test_another_seed_draws_other_images_and_weights(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:
@@ -176,6 +121,54 @@ def test_every_epoch_sees_every_image_once_in_another_order() -> None:
     assert np.array_equal(loader.Order(10, 4, Streams(0))(2), seen[8:12])
 
 
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times_in_a_row() -> None:
+    order = loader.Order(num_images=12, batch_size=6, streams=Streams(0), repeats=3)
+    once = loader.Order(num_images=12, batch_size=6, streams=Streams(0))
+    epoch = np.concatenate([order(0), order(1)])
+    assert np.array_equal(epoch, np.repeat(np.concatenate([once(0), once(1)])[:4], 3))
+    assert not np.array_equal(order(2)[::3], epoch[:6:3])  # another part of the data in the next epoch
+
+
+def test_mixing_in_groups_mixes_each_with_its_own_mirror_and_its_own_share(
+    tiny: dict[str, Any], tmp_path: Path, data_cache: Path
+) -> None:
+    plain = {"deit3.crop": "none", "deit3.flip": False, "deit3.three_augment": False, "deit3.color_jitter": 0.0}
+    plain |= {"deit3.cutmix": 0.0, "deit3.mixup": 1.0, "deit3.smoothing": 0.0, "deit3.mix_group_size": 4}
+    one = trainer({**tiny, **plain}, tmp_path, data_cache)
+    batch = one._reader(loader.Shares(16, 16))(0)
+    targets = one.method.views(batch, one.streams)["targets"]
+    classes = torch.nn.functional.one_hot(batch.targets["classes"], 10).float()
+    shares = []
+    for first in range(0, 16, 4):
+        own, mirror = classes[first : first + 4], classes[first : first + 4].flip(0)
+        differ = (own - mirror).square().sum(1) > 0
+        share = ((targets[first : first + 4] - mirror) * (own - mirror)).sum(1)[differ] / 2
+        assert torch.allclose(share, share[:1].expand_as(share), atol=1e-6)
+        assert torch.allclose(targets[first : first + 4], share[0] * own + (1 - share[0]) * mirror, atol=1e-6)
+        shares.append(float(share[0]))
+    assert len(set(shares)) == 4
+
+
+def test_a_micro_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader.distributed, "world_size", lambda: 3)
+    with pytest.raises(ValueError, match="micro_batch_size 16 cannot be shared evenly by 3 ranks"):
+        loader.Shares(32, 16)
+
+
+def test_a_step_that_is_to_be_kept_stays_when_newer_ones_come(
+    tiny: dict[str, Any], tmp_path: Path, data_cache: Path
+) -> None:
+    run({**tiny, "execution.keep_steps": [3, 6]}, tmp_path, data_cache)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt"))
+    assert kept == ["step_000000003.pt", "step_000000006.pt", "step_000000012.pt"]
+
+
+def test_activation_checkpointing_changes_no_number(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:
+    _, kept = run({**tiny, **FULL}, tmp_path / "a", data_cache)
+    _, twice = run({**tiny, **FULL, "execution.activation_checkpointing": True}, tmp_path / "b", data_cache)
+    assert kept == twice
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch(
     tiny: dict[str, Any], tmp_path: Path, data_cache: Path
 ) -> None:
@@ -185,11 +178,13 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     whole = trainer(plain, tmp_path / "a", data_cache)
     parts = trainer({**plain, "optim.micro_batch_size": 4}, tmp_path / "b", data_cache)
     for one in (whole, parts):
-        batch = loader.fetch(one.data.train, np.arange(16), one.device)
-        one._one_step(batch)
+        shares = loader.Shares(16, one.config.optim.micro_batch_size)
+        one.stepper(list(shares.parts(one._reader(shares)(0))), 0)
     for (name, first), second in zip(whole.method.named_parameters(), parts.method.parameters(), strict=True):
         assert torch.allclose(first, second, atol=1e-6), name
-    assert whole._take_losses()["train/loss"] == pytest.approx(parts._take_losses()["train/loss"], abs=1e-5)
+    assert whole.stepper.take_losses()["train/loss"] == pytest.approx(
+        parts.stepper.take_losses()["train/loss"], abs=1e-5
+    )
 
 
 def test_token_statistics_change_nothing(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:

@@ -1,7 +1,11 @@
 """The ViT against timm's, its attention against SDPA, and what models share that differ only in registers."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
+from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
@@ -12,14 +16,14 @@ from trainers.streams import Streams
 
 def model(registers: int = 0, **settings: object) -> ModelConfig:
     given = {"size": "nano", "patch_size": 8, "image_size": 32, "num_registers": registers, **settings}
-    return resolve({"model": given}).model
+    return resolve({"preset": "short", "model": given}).model
 
 
 def images(count: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(7))
 
 
-def timm_twin(ours: vit.ViT, config: ModelConfig) -> VisionTransformer:
+def timm_twin(ours: vit.ViT, config: ModelConfig, **settings: object) -> VisionTransformer:
     shape = catalog.MODEL_SIZES[config.size]
     twin = VisionTransformer(
         img_size=32,
@@ -30,9 +34,10 @@ def timm_twin(ours: vit.ViT, config: ModelConfig) -> VisionTransformer:
         num_heads=shape.heads,
         init_values=config.layer_scale,
         dynamic_img_size=True,
+        **settings,
     )
     twin.load_state_dict(ours.state_dict(), strict=True)
-    return twin
+    return twin.eval()
 
 
 @pytest.mark.parametrize("layer_scale", [1e-4, None])
@@ -40,12 +45,63 @@ def timm_twin(ours: vit.ViT, config: ModelConfig) -> VisionTransformer:
 def test_without_registers_it_is_timms_plain_vit(layer_scale: float | None, height: int, width: int) -> None:
     config = model(layer_scale=layer_scale)
     ours = vit.ViT(config, Streams(0)).eval()
-    twin = timm_twin(ours, config).eval()
+    twin = timm_twin(ours, config)
     x = images(height=height, width=width)
     expected = twin.forward_features(x)
     assert torch.equal(ours.forward_features(x), expected)
     assert torch.equal(ours.tokens(x).cls_BD, expected[:, 0])
     assert torch.equal(ours.tokens(x).patches_BND, expected[:, 1:])
+
+
+def test_pre_norm_is_timms_with_registers_normed_too() -> None:
+    config = model(pre_norm=True, norm_eps=1e-5)
+    ours = vit.ViT(config, Streams(0)).eval()
+    twin = timm_twin(ours, config, pre_norm=True, norm_layer=partial(LayerNorm, eps=1e-5))
+    assert ours.patch_embed.proj.bias is None
+    assert torch.equal(ours.forward_features(images()), twin.forward_features(images()))
+    with_registers = vit.ViT(model(2, pre_norm=True, reg_init_std=1.0), Streams(0)).eval()
+    first = next(with_registers.residuals(images()))
+    raw = with_registers.reg_token[0]
+    expected = (raw - raw.mean(-1, keepdim=True)) / raw.std(-1, keepdim=True, correction=0)
+    assert torch.allclose(first.registers_BRD[1], expected, atol=1e-5)
+
+
+def test_all_norms_have_the_epsilon_asked_for() -> None:
+    norms = [m for m in vit.ViT(model(pre_norm=True, norm_eps=3e-5), Streams(0)).modules() if isinstance(m, LayerNorm)]
+    assert len(norms) == 1 + 2 * 4 + 1
+    assert {norm.eps for norm in norms} == {3e-5}
+
+
+def test_quick_gelu_is_a_sigmoid_of_1_702_x() -> None:
+    mlp = vit.ViT(model(mlp="quick_gelu"), Streams(0)).blocks[1].mlp
+    x = torch.randn(3, 5, 64)
+    hidden = mlp.fc1(x)
+    assert torch.allclose(mlp(x), mlp.fc2(hidden * torch.sigmoid(1.702 * hidden)), atol=1e-6)
+
+
+def test_swiglu_gates_with_the_first_half_as_in_dinov2() -> None:
+    mlp = vit.ViT(model(mlp="swiglu"), Streams(0)).blocks[1].mlp
+    hidden = 176  # 4 · 64 · 2 / 3 = 170.7, rounded up to a multiple of 8
+    assert mlp.fc1.weight.shape == (2 * hidden, 64)
+    assert mlp.fc2.weight.shape == (64, hidden)
+    x = torch.randn(3, 5, 64)
+    gate, value = mlp.fc1(x)[..., :hidden], mlp.fc1(x)[..., hidden:]
+    assert torch.allclose(mlp(x), mlp.fc2(functional.silu(gate) * value), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [384, 768, 1024, 1536])
+def test_swiglu_has_the_official_width(width: int) -> None:
+    with torch.device("meta"):
+        mlp = vit._mlp("swiglu", width, 4.0)
+        fc1 = mlp["mlp_layer"](width, int(width * mlp["mlp_ratio"])).fc1
+    assert fc1.out_features == 2 * ((int(width * 4 * 2 / 3) + 7) // 8 * 8)
+
+
+def test_a_shape_of_its_own() -> None:
+    ours = vit.ViT(model(2), Streams(0), catalog.ModelSize(width=48, depth=3, heads=4), mlp_ratio=2.0).eval()
+    assert ours.tokens(images()).registers_BRD.shape == (3, 2, 48)
+    assert ours.attention(images(), 3).shape == (3, 4, 19, 19)
+    assert ours.blocks[2].mlp.fc1.out_features == 96
 
 
 def test_registers_stand_between_class_and_patches_without_position_embedding() -> None:
@@ -119,21 +175,31 @@ def test_initialisation_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_drop_path_draws_do_not_depend_on_registers_and_have_their_rate() -> None:
-    plain, four = (vit.ViT(model(n, drop_path=0.3), Streams(1)) for n in (0, 4))
-    x = images(count=500)
-    draws = plain._draw_drop_path(x)
-    assert torch.equal(draws, four._draw_drop_path(x))
-    assert abs((draws == 0).float().mean().item() - 0.3) < 0.03
-    assert abs(draws.max().item() - 1 / 0.7) < 1e-6
-
-
 def test_drop_path_acts_in_training_only_and_a_dropped_block_is_the_identity() -> None:
     ours = vit.ViT(model(drop_path=0.999999), Streams(0)).train()
     layers = list(ours.residuals(images()))
     assert torch.equal(layers[0].patches_BND, layers[-1].patches_BND)
     with torch.no_grad():
         assert not torch.equal(ours.eval().tokens(images()).cls_BD, ours.norm(layers[0].cls_BD))
+
+
+def test_intermediate_layers_are_those_of_the_residual_stream() -> None:
+    ours = vit.ViT(model(2), Streams(0)).eval()
+    layers = list(ours.residuals(images()))
+    raw, normed = (ours.intermediate(images(), [4, 0], normed=normed) for normed in (False, True))
+    for of_layer, layer in zip(raw, (4, 0), strict=True):
+        assert torch.equal(of_layer.patches_BND, layers[layer].patches_BND)
+    assert torch.equal(normed[1].registers_BRD, ours.norm(layers[0].registers_BRD))
+
+
+def test_a_copy_is_equal_and_apart() -> None:
+    ours = vit.ViT(model(2, drop_path=0.2), Streams(0)).eval()
+    ours.add_mask_token(Streams(0))
+    twin = copy.deepcopy(ours)
+    assert torch.equal(twin.tokens(images()).cls_BD, ours.tokens(images()).cls_BD)
+    with torch.no_grad():
+        twin.cls_token.add_(1.0)
+    assert not torch.equal(twin.tokens(images()).cls_BD, ours.tokens(images()).cls_BD)
 
 
 def test_token_norms_are_those_of_the_residual_stream() -> None:

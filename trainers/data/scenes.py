@@ -44,6 +44,7 @@ PHOTOGRAPHS = {
 DIGITS_OF_A_CLASS = {"train": 350, "validation": 50, "test": 100}  # of the 500 that there are
 
 SMALLER = (0.25, 0.5)  # side of another digit as a fraction of the main one's
+GREY, WHITE = 64.0, np.full(3, 255, np.float32)  # mean of the background and ink, where there are no colours
 STANDS_OUT = 100.0  # least difference between the luminance of a digit and the mean of its background, of 255
 BACKGROUND = (1.5, 3.0)  # distance of the background's middle, as a multiple of that of the farthest digit possible
 TILT = 0.25  # most by which the background's distance changes from its middle to its edges, of that distance
@@ -193,13 +194,20 @@ class Renderer:
         return crop[:, ::-1] if u[4] < 0.5 else crop
 
     def _flatten(self, pixels: Floats) -> npt.NDArray[np.float64]:
-        """Reduces the contrast of crops [n, S, S, 3] around their mean colours [n, 3], which are returned."""
+        """Reduces the contrast of crops [n, S, S, 3] around their mean colours [n, 3], which are returned.
+
+        Without colours crops become grey, and their mean the same grey in every image.
+        """
+        if not self._settings.colored:
+            red, green, blue = (pixels[..., channel] * np.float32(_LUMINANCE[channel]) for channel in range(3))
+            pixels[...] = np.rint(red + green + blue)[..., None]
         # Sums of bytes are exact in float64, so that every machine makes the same images.
         mean: npt.NDArray[np.float64] = pixels.sum((1, 2), dtype=np.float64) / self._side**2
-        centre = mean.astype(np.float32)[:, None, None]
-        pixels -= centre
+        pixels -= mean.astype(np.float32)[:, None, None]
         pixels *= np.float32(self._settings.contrast)
-        pixels += centre
+        if not self._settings.colored:
+            mean[:] = GREY
+        pixels += mean.astype(np.float32)[:, None, None]
         return mean
 
     def _background(self, u: npt.NDArray[np.float64]) -> npt.NDArray[np.float16]:
@@ -226,7 +234,7 @@ class Renderer:
             digit_class, drawn = int(own[k, 0] * 10), self._digits[int(own[k, 0] * 10)]
             length = largest if k == 0 else max(2, round(fractions[k] * self._side))
             ink = _resized(drawn[int(own[k, 1] * len(drawn))], length)
-            colour = _standing_out(own[k, 3:6] * 255, luminance)
+            colour = _standing_out(own[k, 3:6] * 255, luminance) if self._settings.colored else WHITE
             place = self._place(canvas, ink, own[k, 8:].reshape(-1, 2), 1 if k == 0 else _POSITIONS)
             if place is not None:
                 boxes.append((*_paint(canvas, ink, colour, place, digit_class, 1 / fractions[k]), digit_class))

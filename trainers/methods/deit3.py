@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainers.augment import three_augment
-from trainers.config import DeiT3Config, TrialConfig
+from trainers import augment
+from trainers.config import TrialConfig
+from trainers.method_settings import DeiT3Config
 from trainers.methods import Batch, Method, Progress, Views, initialise_
 from trainers.streams import Streams
 
@@ -54,13 +55,37 @@ class DeiT3(Method):
     def views(self, batch: Batch, streams: Streams) -> Views:
         """`images` float32 [B, 3, S, S] augmented per image and mixed, and `targets` float32 [B, K].
 
-        One λ and one box for the whole batch, as timm's mode "batch", which the official recipe uses. They come from
-        the stream "mixup", so that a change of theirs leaves the augmentations as they are.
+        One λ and one box for all images of a group, as timm's mode "batch", which the official recipe uses on each
+        device. They come from the stream "mixup", so that a change of theirs leaves the augmentations as they are.
+
+        Raises:
+            ValueError: this rank's share of the micro-batch does not consist of whole groups.
         """
-        images = three_augment(batch.images, self.image_size, self.settings, streams.torch("augment"))
-        mix = draw_mix(self.settings.mixup, self.settings.cutmix, self.image_size, streams.numpy("mixup"))
-        targets = self._targets(batch.targets["classes"], mix.share)
-        return {"images": mix_images_(images, mix), "targets": targets}
+        source = batch.images.shape[1]
+        drawn = augment.draw(batch.drawn, source, self.image_size, self.settings, streams.torch("augment"))
+        own = augment.Draws(*(values[batch.own] for values in drawn))
+        images = augment.apply(batch.images, own, self.image_size, self.settings)
+        size = self.settings.mix_group_size or batch.drawn
+        mixes, classes = self._mixes(batch, size, streams), torch.split(batch.targets["classes"], size)
+        for mix, group in zip(mixes, torch.split(images, size), strict=True):
+            mix_images_(group, mix)
+        targets = [self._targets(group, mix.share) for mix, group in zip(mixes, classes, strict=True)]
+        return {"images": images, "targets": torch.cat(targets)}
+
+    def _mixes(self, batch: Batch, size: int, streams: Streams) -> list[Mix]:
+        """How each of this rank's groups is mixed; drawn for the groups of all ranks."""
+        count = len(batch.images)
+        if self.settings.mixup <= 0.0 and self.settings.cutmix <= 0.0:
+            return [Mix(1.0, None)] * -(-count // size)
+        if count % size or batch.first % size:
+            raise ValueError(
+                f"a rank holds {count} of {batch.drawn} images of a micro-batch, which are not whole groups of "
+                f"{size}; set deit3.mix_group_size to {count} or a divisor of it"
+            )
+        generator, settings = streams.numpy("mixup"), self.settings
+        groups = range(batch.drawn // size)
+        drawn = [draw_mix(settings.mixup, settings.cutmix, self.image_size, generator) for _ in groups]
+        return drawn[batch.first // size : (batch.first + count) // size]
 
     def _targets(self, classes_B: Tensor, share: float) -> Tensor:
         """Targets [B, K]: mixed and smoothed, for `bce` made binary in between.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainers import distributed
 from trainers.tokens.histogram import BINS_PER_DECADE, LOWEST, NUM_BINS, Counts, Distribution, Floats, sparse
 from trainers.tokens.norms import LEVELS, NormRow, NormStatistics, number, token_kinds
 from trainers.tokens.outliers import FIXED_THRESHOLD, otsu_threshold, rule3_threshold
@@ -88,6 +89,20 @@ class TrainingStream:
         self._sums_LK4 += other._sums_LK4.to(device)
         torch.maximum(self._max_LK, other._max_LK.to(device), out=self._max_LK)
 
+    def reduce_to_first(self) -> None:
+        """With several ranks: add what all of them have seen to the first one's, and start the others from zero."""
+        if distributed.world_size() == 1:
+            return
+        distributed.sum_(self._counts_LKW)
+        distributed.sum_(self._sums_LK4)
+        distributed.max_(self._max_LK)
+        if distributed.rank() > 0:
+            self._reset()
+
+    def _reset(self) -> None:
+        for total in (self._counts_LKW, self._sums_LK4, self._max_LK):
+            total.zero_()
+
     def state_dict(self) -> dict[str, Any]:
         """Copies of everything counted so far."""
         return {"counts": self._counts_LKW.clone(), "sums": self._sums_LK4.clone(), "max": self._max_LK.clone()}
@@ -118,8 +133,7 @@ class TrainingStream:
             for layer in range(len(counts))
             for kind, at in ((kind, (layer, index)) for index, kind in enumerate(self.kinds))
         ]
-        for total in (self._counts_LKW, self._sums_LK4, self._max_LK):
-            total.zero_()
+        self._reset()
         return rows
 
 

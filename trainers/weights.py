@@ -1,0 +1,342 @@
+"""Where a backbone starts from: files of official and timm weights, and checkpoints of other trials, loaded strictly.
+
+`load_weights(path, backbone)` loads a file; `start_from` does what `model.init_from` says. Files are safetensors or
+read with `weights_only=True`: nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import math
+import pickle
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from trainers import checkpoint
+from trainers.config import ExecutionConfig, InitFrom
+from trainers.explain import did_you_mean
+from trainers.position import interpolate_position
+from trainers.vit import ViT
+from trainers.weight_layouts import Converted, convert
+
+log = logging.getLogger(__name__)
+
+_ALLOWED = "allowed: a .safetensors file, or a .pt, .pth or .bin file with a state dict"
+_TORCH = (".pt", ".pth", ".bin")
+
+# Where official training code puts a state dict in a file, first match; `method` is a checkpoint of our own.
+_CONTAINERS = ("method", "teacher", "student", "model", "state_dict")
+
+# Parameters of a model that weights without them leave as they were initialised, and what these are.
+_OPTIONAL = {
+    re.compile(r"^reg_token$"): "registers",
+    re.compile(r"^mask_token$"): "mask token",
+    re.compile(r"^blocks\.\d+\.attn\.(?!qkv\.|proj\.)"): "attention sinks",
+}
+
+# Settings that decide whether a model has parameters of such names.
+_DECIDE = {
+    r"\.ls[12]\.": "model.layer_scale",
+    r"^norm_pre\.|^patch_embed\.proj\.bias$": "model.pre_norm",
+    r"\.attn\.(bias_[kv]|value_bias)$": "model.sink",
+}
+_LISTED = 12  # names that a message lists
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of weights: whose layout they had, how many tensors were loaded, and what did not simply fit."""
+
+    layout: str
+    loaded: int
+    notes: tuple[str, ...]
+
+
+def start_from(backbone: ViT, init: InitFrom, execution: ExecutionConfig) -> str:
+    """Load what `model.init_from` names into `backbone`; what did not simply fit is logged.
+
+    Returns:
+        A fingerprint of the weights as they were found: 16 hexadecimal digits of SHA-256.
+
+    Raises:
+        ValueError: they cannot be had or do not fit; the message has one line.
+    """
+    source, found = _found(backbone, init, execution)
+    report = load_into(backbone, found, source)
+    log.info("model.init_from: %d tensors of %s (layout %s)", report.loaded, source, report.layout)
+    for note in report.notes:
+        log.info("model.init_from: %s", note)
+    return fingerprint(found.tensors)
+
+
+def _found(backbone: ViT, init: InitFrom, execution: ExecutionConfig) -> tuple[str, Converted]:
+    """What `init` names, in words, and its weights."""
+    if init.file is not None:
+        path = Path(init.file).expanduser()
+        return str(path), _converted(path, backbone)
+    if init.timm is not None:
+        return f"timm's {init.timm}", _timm_weights(init.timm, backbone)
+    assert init.trial is not None and init.step is not None, "the configuration is not resolved"
+    return f"step {init.step} of trial {init.trial}", _trial_weights(init.trial, init.step, execution)
+
+
+def load_weights(path: Path, backbone: ViT) -> Report:
+    """Load the weights in a file of any known layout into `backbone`.
+
+    Raises:
+        ValueError: the file or its layout cannot be used, or the weights do not fit; the message has one line.
+    """
+    return load_into(backbone, _converted(path, backbone), str(path))
+
+
+def _converted(path: Path, backbone: ViT) -> Converted:
+    state = read_weights(path)
+    try:
+        return convert(state, backbone.patch_embed.num_patches)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of the SHA-256 of names, types, shapes and contents, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_weights(path: Path | str) -> dict[str, Tensor]:
+    """The state dict in a file, taken out of the containers of official training code, names as they are there.
+
+    Of teacher and student the teacher is taken, of a trial's own checkpoint the raw backbone.
+
+    Raises:
+        ValueError: it is no such file, is damaged, or holds more than tensors; the message has one line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: is {'a folder' if path.is_dir() else 'not there'}; {_ALLOWED}")
+    if path.suffix not in (".safetensors", *_TORCH):
+        raise ValueError(f"{path}: the type {path.suffix or 'without a suffix'} is not known; {_ALLOWED}")
+    loaded = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    try:
+        return _state_dict(loaded)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_ALLOWED}") from error
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: is no whole safetensors file ({_first_line(error)}); {_ALLOWED}") from error
+
+
+def _pickled(path: Path) -> Any:
+    """What torch.save wrote, if that is tensors, numbers, strings and containers of them.
+
+    Official checkpoints of deit and dino hold their command line too, as a Namespace, which holds no code.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds code or objects ({named[1]})" if named else "is damaged or holds code"
+        raise ValueError(f"{path}: {what}, which is not loaded; {_ALLOWED}") from error
+    except Exception as error:  # whatever a parser makes of a damaged file
+        raise ValueError(f"{path}: is no file of torch.save's ({_first_line(error)}); {_ALLOWED}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
+
+
+def _state_dict(loaded: Any) -> dict[str, Tensor]:
+    """The mapping of names to tensors inside of what a file holds."""
+    while isinstance(loaded, Mapping):
+        name = next((name for name in _CONTAINERS if isinstance(loaded.get(name), Mapping)), None)
+        if name is None:
+            break
+        loaded = loaded[name]
+        if name == "method":
+            loaded = {key: value for key, value in loaded.items() if str(key).startswith("backbone.")}
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise ValueError(f"holds {'nothing' if isinstance(loaded, Mapping) else type(loaded).__name__}, no state dict")
+    for key, value in loaded.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise ValueError(f"holds {type(value).__name__} under {key!r}, no state dict")
+    return dict(loaded)
+
+
+def _timm_weights(name: str, backbone: ViT) -> Converted:
+    """Pretrained weights of a timm ViT, which must have the epsilon, activation and heads of `backbone`."""
+    bare = name.partition(".")[0]
+    if ":" not in name and not timm.is_model(bare):
+        raise ValueError(f"timm has no model {bare!r}{did_you_mean(bare, timm.list_models('*vit*'))}")
+    try:
+        with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
+            model = timm.create_model(name, pretrained=True)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"timm's {name} cannot be had: {_first_line(error)}") from error
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"timm's {name} is a {type(model).__name__}; allowed: models that are timm VisionTransformers")
+    try:
+        found = convert(model.state_dict(), model.patch_embed.num_patches)
+    except ValueError as error:
+        raise ValueError(f"timm's {name}: {error}") from error
+    if differences := list(_differences(model, backbone)):
+        raise ValueError(f"timm's {name} computes otherwise than the model: {'; '.join(differences)}")
+    return found
+
+
+def _differences(theirs: Any, ours: Any) -> Iterable[str]:
+    """In what two ViTs differ that their weights do not show."""
+    if theirs.norm.eps != ours.norm.eps:
+        yield f"epsilon of LayerNorm is {theirs.norm.eps:g} there, model.norm_eps is {ours.norm.eps:g}"
+    if theirs.blocks[0].attn.num_heads != ours.blocks[0].attn.num_heads:
+        yield f"{theirs.blocks[0].attn.num_heads} heads there, {ours.blocks[0].attn.num_heads} here"
+    x = torch.linspace(-4.0, 4.0, 33)
+    if not torch.allclose(theirs.blocks[0].mlp.act(x), ours.blocks[0].mlp.act(x), atol=1e-6):
+        yield f"activation is {type(theirs.blocks[0].mlp.act).__name__} there; see model.mlp"
+
+
+def _trial_weights(trial: str, step: int, execution: ExecutionConfig) -> Converted:
+    """The raw backbone of another trial's checkpoint, which must be whole."""
+    if execution.trials_root is None:
+        raise ValueError(f"execution.trials_root is null; it says where trial {trial} of model.init_from is looked for")
+    root = Path(execution.trials_root)
+    folders = [path for folder in _trial_folders(root, trial) for path in checkpoint.folders_of(folder)]
+    if not folders:
+        raise ValueError(f"model.init_from.trial: there is no trial {trial} with checkpoints under {root}")
+    kept = checkpoint.steps(folders)
+    if step not in kept:
+        has = ", ".join(map(str, sorted(kept))) or "none"
+        advice = "name it in that trial's execution.keep_steps before it trains"
+        raise ValueError(f"trial {trial} keeps no checkpoint of step {step} (steps: {has}); {advice}")
+    state = _first_whole(kept[step])["method"]
+    prefix = "backbone."
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    return Converted("trial", tensors, {name: "not of the backbone" for name in state if not name.startswith(prefix)})
+
+
+def _trial_folders(root: Path, trial: str) -> list[Path]:
+    """Folders of one trial in the sweeps of a storage folder, or at any depth where it is no such folder."""
+    return sorted(root.glob(f"*/trials/{trial}")) or sorted(root.glob(f"**/trials/{trial}"))
+
+
+def _first_whole(paths: list[Path]) -> dict[str, Any]:
+    for path in paths[:-1]:
+        try:
+            return checkpoint.read(path)
+        except ValueError as error:
+            log.warning("%s", error)
+    return checkpoint.read(paths[-1])
+
+
+def load_into(backbone: ViT, converted: Converted, source: str = "the weights") -> Report:
+    """Copy weights into `backbone`, all of them or none.
+
+    Registers, mask token and attention sinks that the weights lack stay as they were initialised; a position embedding
+    of another grid is resampled; a mask token that the model has no use for yet is set aside for
+    `add_mask_token`. Nothing else may differ.
+
+    Raises:
+        ValueError: everything that does not fit, in one line.
+    """
+    own = dict(backbone.named_parameters())
+    tensors = dict(converted.tensors)
+    notes = _left_out(converted)
+    if "mask_token" in tensors and "mask_token" not in own:
+        backbone.loaded_mask_token = tensors.pop("mask_token").to(own["cls_token"])
+        notes.append("set aside until a method asks for it: mask token")
+    notes += _resample_position_(tensors, backbone)
+    missing = own.keys() - tensors.keys()
+    for pattern, why in _OPTIONAL.items():
+        if kept := {name for name in missing if pattern.match(name)}:
+            notes.append(f"left as initialised, the weights have none: {why} ({_counted(kept)})")
+            missing -= kept
+    _refuse_misfits(own, tensors, missing, f"{source} (layout {converted.layout})")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    eps = getattr(backbone.norm, "eps", None)
+    if converted.norm_eps not in (None, eps):
+        notes.append(f"LayerNorm's epsilon is {converted.norm_eps:g} in {converted.layout}, model.norm_eps is {eps:g}")
+    return Report(converted.layout, len(tensors), tuple(notes))
+
+
+def _left_out(converted: Converted) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for name, why in converted.left_out.items():
+        reasons.setdefault(why, []).append(name)
+    return [f"left out, {why}: {_counted(names)}" for why, names in reasons.items()]
+
+
+def _resample_position_(tensors: dict[str, Tensor], backbone: ViT) -> list[str]:
+    """Bring the position embedding to the model's grid as the model itself would, in place; what was done, in words."""
+    position, own = tensors.get("pos_embed"), backbone.pos_embed
+    if position is None or own is None or position.shape[1] == own.shape[1]:
+        return []
+    height, width = backbone.patch_embed.grid_size
+    side = math.isqrt(position.shape[1])
+    antialias, offset = backbone.settings.pos_antialias, backbone.settings.pos_offset
+    tensors["pos_embed"] = interpolate_position(position, height, width, antialias=antialias, offset=offset)
+    return [f"the position embedding is resampled from {side} × {side} to {height} × {width} patches"]
+
+
+def _refuse_misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], missing: set[str], source: str) -> None:
+    unexpected = tensors.keys() - own.keys()
+    faults = []
+    counts = [group["reg_token"].shape[1] if "reg_token" in group else 0 for group in (tensors, own)]
+    if counts[0] not in (0, counts[1]):
+        faults.append(f"{counts[0]} registers, model.num_registers is {counts[1]} (allowed: as many, or weights of 0)")
+    if missing:
+        faults.append(f"missing: {_counted(missing)}")
+    if names := unexpected - {"reg_token"}:
+        faults.append(f"unexpected: {_counted(names)}")
+    for name in sorted(own.keys() & tensors.keys() - {"reg_token"}):
+        if own[name].shape != tensors[name].shape:
+            shapes = f"{tuple(tensors[name].shape)} where the model has {tuple(own[name].shape)}"
+            faults.append(f"{_any_block(name)} is {shapes}")
+    if faults:
+        deciding = {setting for p, setting in _DECIDE.items() for name in {*missing, *unexpected} if re.search(p, name)}
+        faults += [f"see {', '.join(sorted(deciding))}"] if deciding else []
+        listed = "; ".join(dict.fromkeys(faults))
+        sizes = f"{_shape_of(tensors)} do not fit the model's {_shape_of(own)}"
+        raise ValueError(f"{source}: {sizes}: {listed}")
+
+
+def _shape_of(tensors: Mapping[str, Tensor]) -> str:
+    """Width, depth and patch size in words, as far as the weights show them."""
+    patches = tensors.get("patch_embed.proj.weight")
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    size = f" of width {patches.shape[0]} and patch size {patches.shape[-1]}" if patches is not None else ""
+    return f"{depth} blocks{size}"
+
+
+def _counted(names: Iterable[str]) -> str:
+    """Names, those that all blocks have once with their number, as `blocks.*.ls1.gamma (12)`."""
+    counts = Counter(map(_any_block, sorted(names)))
+    listed = [name if count == 1 else f"{name} ({count})" for name, count in counts.items()]
+    more = f" and {len(listed) - _LISTED} more" if len(listed) > _LISTED else ""
+    return ", ".join(listed[:_LISTED]) + more
+
+
+def _any_block(name: str) -> str:
+    return re.sub(r"\b(blocks|resblocks)\.\d+\.", r"\1.*.", name)
