@@ -20,6 +20,7 @@ WARM_UP = 1  # trials: process start, imports, decoding and MLflow's schema are 
 
 # sweeps/quickstart.yaml, cut to two or three seconds
 TRIAL: dict[str, Any] = {
+    "preset": "short",
     "model": {"size": "nano", "patch_size": 8},
     "data": {
         "train": "scenes",

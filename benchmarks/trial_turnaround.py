@@ -18,7 +18,7 @@ from orchestrator.plan import PlannedTrial
 
 OURS_PER_TURN = 6  # trials for each fresh one; the turn's number is their median
 WARM_UP = OURS_PER_TURN
-_TRIAL: dict[str, Any] = {"model": {"size": "nano"}}
+_TRIAL: dict[str, Any] = {"preset": "short", "model": {"size": "nano"}}
 
 
 def measure(settings: Settings) -> Report:

@@ -88,7 +88,20 @@ def build_plan(sweep: Sweep) -> Plan:
             notes.append(f"the cells {_shown(known[0])} and {_shown(values)} are the same trial; the first is kept")
     notes += _without_effect(sweep, [values for values, _ in cells.values()])
     kept = list(cells.values())
+    notes += _mixed_recipes([config for _, config in kept])
     return Plan(sweep, _trials(sweep, kept), tuple(values for values, _ in kept), tuple(notes))
+
+
+def _mixed_recipes(configs: Sequence[TrialConfig]) -> list[str]:
+    """That cells of one method follow different presets, as they do where an axis over sizes includes nano."""
+    presets: dict[str, set[str]] = {}
+    for config in configs:
+        presets.setdefault(config.method, set()).add(config.preset)
+    return [
+        f"cells of {method} follow the presets {' and '.join(sorted(names))}; set trial.preset for one recipe"
+        for method, names in presets.items()
+        if len(names) > 1
+    ]
 
 
 def _trials(sweep: Sweep, cells: Sequence[tuple[dict[str, Any], TrialConfig]]) -> tuple[PlannedTrial, ...]:

@@ -37,6 +37,7 @@ class Small:
             "name": "small",
             "question": "Does it run?",
             "trial": {
+                "preset": "short",
                 "model": {"size": "nano", "patch_size": 8},
                 "data": {
                     "decode_size": 16,

@@ -11,7 +11,7 @@ from orchestrator.plan import Plan, build_plan, detectable, diff, interval_half_
 from orchestrator.sweep import Resources, Sweep, When
 from trainers.config import resolve, trial_id
 
-TINY = {"model.size": "nano", "model.patch_size": 8}
+TINY = {"preset": "short", "model.size": "nano", "model.patch_size": 8}
 
 
 def sweep(**parts: Any) -> Sweep:

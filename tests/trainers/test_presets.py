@@ -31,8 +31,6 @@ STRUCTURE: dict[str, dict[str, Any]] = {
         "optim.decay_tokens": "position",
         "optim.weight_decay": 0.2,
         "optim.weight_decay_end": None,
-        "optim.beta1": 0.9,
-        "optim.beta2": 0.98,
         "optim.eps": 1e-6,
     },
     "dino": {
@@ -117,7 +115,7 @@ def test_official_recipes_leave_no_length_to_defaults(method: str, name: str) ->
 def test_nano_is_small(method: str) -> None:
     nano = resolved(method, "nano")
     assert (nano.model.image_size, nano.model.patch_size, nano.data.decode_size) == (32, 8, 32)
-    assert (nano.optim.steps, nano.optim.batch_size, nano.precision) == (300, 64, "fp32")
+    assert (nano.optim.steps, nano.precision) == (300, "fp32") and nano.optim.batch_size <= 128
     flips = nano.dino or nano.dinov2
     assert not (flips.crops.flip if flips is not None else nano.deit3 is not None and nano.deit3.flip)
 
@@ -166,6 +164,8 @@ def test_openclip_on_laion400m() -> None:
         "model.size": "base",
         "model.patch_size": 16,
         "optim.lr": 5e-4,
+        "optim.beta1": 0.9,
+        "optim.beta2": 0.98,
         "optim.batch_size": 192 * 176,
         "optim.steps": 32 * math.ceil(407_332_084 / 33_792),
         "optim.warmup_steps": 2000,
