@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as tv
 from torch import Generator, Tensor
 
 from trainers import color
+from trainers.device import moved
 from trainers.method_settings import DeiT3Config
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -174,7 +175,7 @@ def simple_crop(images: Tensor, corner_B2: Tensor, flip_B: Tensor, image_size: i
     columns = torch.where(flip_B[:, None], columns.flip(1), columns)
     rows, columns = _reflect(rows, image_size), _reflect(columns, image_size)
     rows = rows + image_size * torch.arange(len(images))[:, None]
-    index = (image_size * _moved(rows, images)[:, :, None] + _moved(columns, images)[:, None, :]).view(-1)
+    index = (image_size * moved(rows, images.device)[:, :, None] + moved(columns, images.device)[:, None, :]).view(-1)
     return _planes(images.reshape(-1, 3).index_select(0, index).view(-1, image_size, image_size, 3))
 
 
@@ -204,10 +205,10 @@ def resized_crop(images: Tensor, box_B4: Tensor, flip_B: Tensor, image_size: int
 
 def resized_crop_by_matrices(images: Tensor, box_B4: Tensor, flip_B: Tensor, image_size: int) -> Tensor:
     """`resized_crop` on any device, without a loop over images."""
-    top, left, height, width = _moved(box_B4, images).unbind(1)
+    top, left, height, width = moved(box_B4, images.device).unbind(1)
     vertical_BSH = _bicubic(top, height, images.shape[1], image_size)
     horizontal_BSW = _bicubic(left, width, images.shape[2], image_size)
-    horizontal_BSW = torch.where(_moved(flip_B, images)[:, None, None], horizontal_BSW.flip(1), horizontal_BSW)
+    horizontal_BSW = torch.where(moved(flip_B, images.device)[:, None, None], horizontal_BSW.flip(1), horizontal_BSW)
     rows = torch.matmul(vertical_BSH[:, None], _planes(images))
     return torch.matmul(rows, horizontal_BSW[:, None].transpose(2, 3)).clamp_(0.0, 255.0).round_()
 
@@ -252,9 +253,4 @@ def _planes(images: Tensor) -> Tensor:
 def standardise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
     """(x / 255 - mean) / std with ImageNet's mean and standard deviation, of float32 [B, 3, H, W]."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    return torch.mul(pixels, _moved(1.0 / (255.0 * std), pixels), out=out).sub_(_moved(mean / std, pixels))
-
-
-def _moved(value: Tensor, like: Tensor) -> Tensor:
-    """On the device of `like`, without waiting for it."""
-    return value.to(like.device, non_blocking=True)
+    return torch.mul(pixels, moved(1.0 / (255.0 * std), pixels.device), out=out).sub_(moved(mean / std, pixels.device))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.device import moved
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of the factors, entries of the order
 
 BLUR_RADIUS = 6  # px; how far PIL's GaussianBlur (three box blurs) reaches at sigma = 2, the largest in DeiT-III
@@ -31,7 +33,7 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Values from 128 on inverted; values must be whole."""
+    """Values from 128 on inverted, exactly for whole values; between two grey levels off by less than one."""
     return (images - SOLARIZE_MIDDLE).abs_().neg_().add_(SOLARIZE_MIDDLE)
 
 
@@ -109,7 +111,7 @@ def adjust_hue_(images: Tensor, turn_B: Tensor) -> Tensor:
     from_red = (green + blue).sub_(red).sub_(smallest)
     from_red.div_(chroma.clamp(min=1e-6)).add_(1.0)  # without chroma any hue will do
     hue = from_red.copysign_(green - blue).add_(6.0 * turn_B[:, None, None])
-    least = torch.tensor((3.0, -1.0, 1.0)).to(images.device, non_blocking=True)[:, None, None]
+    least = moved(torch.tensor((3.0, -1.0, 1.0)), images.device)[:, None, None]
     distance = torch.sub(hue[:, None], least, out=images)  # -9 … 9; folded at ±3 twice it is that on the circle
     distance.abs_().sub_(3.0).abs_().sub_(3.0).abs_()
     return distance.sub_(1.0).clamp_(0.0, 1.0).mul_(chroma[:, None]).add_(smallest[:, None])
@@ -123,9 +125,9 @@ def on_subset_(images: Tensor, chosen_B: Tensor, change: Callable[..., Tensor], 
     index = chosen_B.nonzero()[:, 0]
     if len(index) == 0:
         return
-    parameters = [values[index].to(images.device, non_blocking=True) for values in parameters_B]
+    parameters = [moved(values[index], images.device) for values in parameters_B]
     if len(index) == len(images):
         images.copy_(change(images, *parameters))  # costs nothing where `change` works in place
     else:
-        index = index.to(images.device, non_blocking=True)
+        index = moved(index, images.device)
         images.index_copy_(0, index, change(images.index_select(0, index), *parameters))

@@ -29,6 +29,7 @@ MAX_REGISTERS = 16  # the largest count in the paper (Fig. 8)
 AS_BEFORE: Mapping[str, object] = {
     "data.scenes.colored": True,
     "compile": False,
+    "model.cls_init_std": 0.02,
     "model.pre_norm": False,
     "model.norm_eps": 1e-6,
     "model.mlp": "gelu",
@@ -55,6 +56,12 @@ class InitFrom(Section):
     timm: str | None = Field(None, min_length=1, description="name of a timm ViT with pretrained weights")
     trial: str | None = Field(None, pattern=r"^[0-9a-f]{16}$", description="id of a trial that keeps this step")
     step: int | None = Field(None, ge=0, description="of that trial")
+    fingerprint: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{16}$",
+        description="that the weights must have, as the log of a trial says it: a file that changes under its name is "
+        "then refused; null for any",
+    )
 
 
 class ModelConfig(Section):
@@ -73,6 +80,7 @@ class ModelConfig(Section):
         description="standard deviation of the registers' initialisation; 1e-6 in DINOv2, where registers that start "
         "equal stay nearly equal for long: 0.02 in short runs; null with 0 registers",
     )
+    cls_init_std: float = Field(0.02, ge=0, le=1, description="of the class token's initialisation; 1e-6 in DINOv2")
     layer_scale: float | None = Field(
         1e-4, gt=0, description="initial LayerScale, null for none; 1e-4 in DeiT-III, 1e-5 in DINOv2"
     )
@@ -200,7 +208,12 @@ class OptimConfig(Section):
     eps: float | None = Field(
         1e-8, gt=0, le=1e-2, description="of adamw and lamb; 1e-6 in OpenCLIP; null with sgd, which has none"
     )
-    clip_grad: float | None = Field(None, gt=0, description="largest norm of all gradients together, null for none")
+    clip_grad: float | None = Field(
+        None,
+        gt=0,
+        description="largest norm of the gradients, null for none: of all together, in dino of each parameter, in "
+        "dinov2 of backbone and heads each",
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] | None = Field(
         None, description="of the averaged weights, null for none; auto fits it to the length; 0.99996 in DeiT-III"
     )

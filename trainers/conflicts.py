@@ -25,13 +25,14 @@ def conflicts(config: TrialConfig) -> Iterator[Conflict]:
         yield _undivided("model.patch_size", model.patch_size, "model.image_size", model.image_size)
     if isinstance(optim.micro_batch_size, int) and optim.batch_size % optim.micro_batch_size:
         yield _undivided("optim.micro_batch_size", optim.micro_batch_size, "optim.batch_size", optim.batch_size)
-    if isinstance(optim.warmup_steps, int) and optim.warmup_steps > optim.steps:
+    if isinstance(optim.warmup_steps, int) and optim.warmup_steps > optim.steps > 0:  # with 0 nothing is trained
         yield (
             f"optim.warmup_steps {optim.warmup_steps} is more than optim.steps {optim.steps}",
             ("optim.warmup_steps", "optim.steps"),
         )
     yield from _backbone(config)
     yield from _groups(config)
+    yield from _blurred(config)
     yield from _crops(config)
     yield from _parts_of_methods(config)
     yield from _missing_parts(config)
@@ -90,6 +91,12 @@ def _groups(config: TrialConfig) -> Iterator[Conflict]:
     for name, size in sizes.items():
         if size is not None and micro % size:
             yield _undivided(name, size, "optim.micro_batch_size", micro)
+    size = config.dinov2.mask_group_size if config.dinov2 is not None and config.method == "dinov2" else None
+    if size is not None and optim.batch_size % size:
+        yield _undivided("dinov2.mask_group_size", size, "optim.batch_size", optim.batch_size)
+
+
+_LEAST_BLURRED = {"dino": 7, "dinov2": 5}  # px: one more than the radius of the blur's kernel
 
 
 def _crops(config: TrialConfig) -> Iterator[Conflict]:
@@ -105,6 +112,19 @@ def _crops(config: TrialConfig) -> Iterator[Conflict]:
             f"{name} {size} is larger than model.image_size {config.model.image_size}, the side of the global crops",
             (name, "model.image_size"),
         )
+
+
+def _blurred(config: TrialConfig) -> Iterator[Conflict]:
+    """Crops are large enough to be blurred."""
+    crops = getattr(getattr(config, config.method, None), "crops", None)
+    if crops is not None and crops.blur and crops.num_local and isinstance(crops.local_size, int):
+        least = _LEAST_BLURRED[config.method]
+        if crops.local_size < least:
+            yield (
+                f"{config.method}.crops.local_size {crops.local_size} is too small to be blurred; allowed: from "
+                f"{least}, or {config.method}.crops.blur false",
+                (f"{config.method}.crops.local_size", f"{config.method}.crops.blur"),
+            )
 
 
 def _parts_of_methods(config: TrialConfig) -> Iterator[Conflict]:
@@ -124,6 +144,14 @@ def _parts_of_methods(config: TrialConfig) -> Iterator[Conflict]:
             "predict; set dinov2.ibot_weight to 0 as well",
             ("dinov2.mask_probability", "dinov2.ibot_weight"),
         )
+    elif losses is not None and losses.ibot_weight and isinstance(config.model.image_size, int):
+        patches = (config.model.image_size // config.model.patch_size) ** 2
+        if int(patches * losses.mask_ratio[1]) == 0:
+            yield (
+                f"dinov2.mask_ratio {list(losses.mask_ratio)} masks none of the {patches} patches of an image, so that "
+                "iBOT has nothing to predict",
+                ("dinov2.mask_ratio", "model.image_size", "model.patch_size"),
+            )
 
 
 def _missing_parts(config: TrialConfig) -> Iterator[Conflict]:

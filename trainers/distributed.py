@@ -91,6 +91,24 @@ def from_first(value: T) -> T:
     return held[0]
 
 
+@contextmanager
+def together() -> Iterator[bool]:
+    """Work that the first rank does for all: true there, and what it raises all raise, so that nobody waits for ever.
+
+    The others raise it as FloatingPointError where it is one, else as RuntimeError.
+    """
+    failure: Exception | None = None
+    try:
+        yield rank() == 0
+    except Exception as error:  # noqa: BLE001 - raised again below, on every rank
+        failure = error
+    is_number, text = from_first((isinstance(failure, FloatingPointError), failure and str(failure)))
+    if failure is not None:
+        raise failure
+    if text is not None:
+        raise (FloatingPointError if is_number else RuntimeError)(text)
+
+
 def barrier() -> None:
     """Wait until all ranks are here."""
     if world_size() > 1:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from trainers import distributed
 from trainers.data import Split
+from trainers.device import moved
 from trainers.methods import Batch, Upcoming
 from trainers.streams import Streams
 
@@ -110,9 +111,12 @@ class Reader:
         names = [name for name in TARGETS if name in self.needs and name in self.split.targets]
         upcoming = Upcoming(step, self.order.batch_size, positions, self._captions(indices))
         return Batch(
-            self._moved(torch.from_numpy(np.ascontiguousarray(self.split.images[indices]))),
-            {name: self._moved(torch.from_numpy(np.asarray(self.split.targets[name])[indices])) for name in names},
-            {name: self._moved(tensor) for name, tensor in self.prepare(upcoming).items()},
+            moved(torch.from_numpy(np.ascontiguousarray(self.split.images[indices])), self.device),
+            {
+                name: moved(torch.from_numpy(np.asarray(self.split.targets[name])[indices]), self.device)
+                for name in names
+            },
+            {name: moved(tensor, self.device) for name, tensor in self.prepare(upcoming).items()},
         )
 
     def _captions(self, indices: NDArray[np.int64]) -> list[str] | None:
@@ -120,9 +124,6 @@ class Reader:
             return None
         texts = self.split.targets[CAPTIONS]
         return [texts[int(index)] for index in indices]
-
-    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 def batches(read: Callable[[int], Batch], start: int, steps: int) -> Iterator[Batch]:

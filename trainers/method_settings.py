@@ -125,4 +125,11 @@ class DinoV2Config(Section):
     teacher_momentum_end: float = Field(1.0, ge=0, le=1)
     mask_probability: float = Field(0.5, ge=0, le=1, description="share of the global crops that are masked")
     mask_ratio: Scale = Field((0.1, 0.5), description="masked share of their patches, spread evenly over the crops")
+    mask_group_size: int | None = Field(
+        None,
+        ge=1,
+        le=65_536,
+        description="masks are spread evenly over the crops of so many images; a device's batch in the official code; "
+        "null for the whole batch",
+    )
     freeze_last_layer_steps: int = Field(0, ge=0, description="the prototypes stay as they are; 1 epoch in DINOv2")

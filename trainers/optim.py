@@ -107,7 +107,7 @@ def learning_rate(step: int, optim: OptimConfig) -> float:
     timm: warmup_lr + (lr - warmup_lr) · step / w before w, then
         min_lr + (lr - min_lr) · (1 + cos(π · (step - w) / (T - w))) / 2, which is lr at w and min_lr at T. Equals
         timm's CosineLRScheduler with `warmup_prefix=True`; the official code of DeiT-III leaves that off, so that
-        there the cosine has already begun when the warm-up ends.
+        there the cosine has already begun when the warm-up ends, and goes on once an epoch instead of every step.
     dino: `schedules.cosine`, whose warm-up of w values ends with lr, which the cosine then repeats; DINO and DINOv2
         begin at a `warmup_lr` of 0.
     open_clip: lr · (step + 1) / w before w, then lr · (1 + cos(π · (step - w) / (T - w))) / 2, whatever `warmup_lr` and

@@ -33,7 +33,9 @@ _NANO: Settings = {
 _DEIT3: Settings = {
     "model.size": "base",  # deit_base_patch16_LS
     "model.patch_size": 16,
-    "model.reg_init_std": 1e-6,  # the paper gives none for DeiT-III; as in DINOv2
+    "model.reg_init_std": 1e-6,  # the paper gives none for DeiT-III; as in DINOv2. LAMB moves registers by a factor of
+    # 1 + lr a step, so that in runs much shorter than this they stay nothing
+    "precision": "fp16",  # torch.cuda.amp
     "model.layer_scale": 1e-4,  # init_scale of models_v2.py
     "data.decode_size": "original",
     "optim.optimizer": "lamb",  # --opt fusedlamb
@@ -137,6 +139,7 @@ _OPENCLIP_NANO: Settings = {
 # there says. The paper's own pairs are private.
 _OPENCLIP_LAION400M: Settings = {
     **_OPENCLIP,
+    "precision": "fp16",  # --precision amp
     "model.size": "base",
     "model.patch_size": 16,
     "model.image_size": 224,
@@ -192,21 +195,34 @@ _NANO_CROPS: Settings = {
     "blur": False,
 }
 
+# In 300 steps DINO learns only while its rates stay high, so that they hardly fall here; with smaller crops, stronger
+# colours or a faster teacher the outputs become uniform instead.
 _DINO_NANO: Settings = {
     **_DINO,
     **_NANO,
-    "optim.lr": 1e-3,
+    "optim.lr": 3e-3,
+    "optim.min_lr": 2e-3,
+    "optim.warmup_steps": 50,
+    "optim.batch_size": 128,
+    "optim.weight_decay_end": 0.04,
     "dino.head.prototypes": 1024,
     "dino.head.hidden": 256,
     "dino.head.bottleneck": 64,
     **{f"dino.crops.{name}": value for name, value in _NANO_CROPS.items()},
-    "dino.teacher_momentum": 0.98,
+    "dino.crops.global_scale": (0.7, 1.0),
+    "dino.crops.local_scale": (0.4, 0.8),
+    "dino.crops.num_local": 2,
+    "dino.crops.color_jitter": 0.1,
+    "dino.crops.grayscale": 0.0,
+    "dino.teacher_momentum": 0.985,  # a teacher of 70 steps, to the end
+    "dino.teacher_momentum_end": 0.985,
     "dino.freeze_last_layer_steps": 10,
 }
 
 # ViT-B/16 on ImageNet-1k by the command of README.md (2 nodes of 8 GPUs); the released one was trained for longer.
 _DINO_IMAGENET1K: Settings = {
     **_DINO,
+    "precision": "fp16",  # --use_fp16
     "model.size": "base",
     "model.patch_size": 16,
     "model.image_size": 224,
@@ -297,6 +313,8 @@ _DINOV2_NANO: Settings = {
 
 _DINOV2_LARGE: Settings = {
     **_DINOV2,
+    "precision": "fp16",  # mixed_precision of compute_precision
+    "model.cls_init_std": 1e-6,  # dinov2/models/vision_transformer.py
     "model.size": "large",
     "model.image_size": 224,
     "model.reg_init_std": 1e-6,  # dinov2/models/vision_transformer.py
@@ -327,6 +345,7 @@ _DINOV2_IMAGENET1K: Settings = {
     "dinov2.head.prototypes": 65_536,
     "dinov2.head.bottleneck": 256,
     "dinov2.koleo.group_size": 64,  # a GPU's batch
+    "dinov2.mask_group_size": 64,
     "dinov2.centering": "softmax",
     "dinov2.teacher_momentum": 0.992,
 }
@@ -352,6 +371,7 @@ _DINOV2_IMAGENET22K: Settings = {
     "dinov2.ibot_head.bottleneck": 256,
     "dinov2.ibot_head.layers": 3,
     "dinov2.koleo.group_size": 32,  # a GPU's batch
+    "dinov2.mask_group_size": 32,
     "dinov2.centering": "sinkhorn",
     "dinov2.teacher_momentum": 0.994,
 }

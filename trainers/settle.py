@@ -103,10 +103,12 @@ def _methods(config: TrialConfig, values: Values) -> None:
             deit3["mix_group_size"] = None
     for name in ("dino", "dinov2"):
         if values[name] is not None:
+            if values[name].get("dino_weight") == 0.0:  # iBOT and KoLeo see the global crops alone
+                values[name]["crops"]["num_local"] = 0
             _crops(values[name]["crops"], values["model"], getattr(config, name))
             _teacher_temperature(values[name])
     if values["dinov2"] is not None:
-        _dinov2(values["dinov2"])
+        _dinov2(values["dinov2"], values["optim"]["batch_size"])
 
 
 def _crops(crops: Values, model: Values, settings: DinoConfig | DinoV2Config) -> None:
@@ -123,9 +125,11 @@ def _teacher_temperature(settings: Values) -> None:
         settings["warmup_teacher_temp"] = settings["teacher_temp"]
 
 
-def _dinov2(settings: Values) -> None:
+def _dinov2(settings: Values, batch_size: int) -> None:
     if settings["mask_probability"] == 0.0:
         settings["mask_ratio"] = DinoV2Config().mask_ratio
+    if settings["mask_probability"] == 0.0 or settings["mask_group_size"] == batch_size:
+        settings["mask_group_size"] = None
     if settings["koleo"] is not None and settings["koleo"]["weight"] == 0.0:
         settings["koleo"] = None
     if settings["ibot_head"] is None or settings["ibot_weight"] == 0.0:

@@ -88,6 +88,8 @@ def train(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     device = _device(config)
+    if config.execution.threads is not None:
+        torch.set_num_threads(config.execution.threads)
     with distributed.process_group(device):
         training = _Training(config, directory, cache or directory.parent / "cache", device)
         training.resume([*resume_from, directory / "checkpoints"], report)
@@ -106,9 +108,11 @@ class _Training:
         assert isinstance(config.model.image_size, int), "the configuration is not resolved"
         self.data = open_data(config.data, config.execution, config.model.image_size, cache)
         self.streams = Streams(config.seed)
-        self.backbone = vit.build(config.model, self.streams)
+        with _seeded(self.streams, "backbone"):
+            self.backbone = vit.build(config.model, self.streams)
         self.started_from = self._start_from()
-        self.method = self._build_method().to(device)
+        with _seeded(self.streams, "method"):
+            self.method = self._build_method().to(device)
         self._make_fast(cache)
         self.stepper = Stepper(config, self.method, self.streams, device)
         self.evaluation = Evaluation(config, self.data, self.streams, device)
@@ -208,14 +212,8 @@ class _Training:
         stream = self.stepper.token_stream
         if stream is not None:
             stream.reduce_to_first()
-        metrics, problem = {}, None
-        if distributed.rank() == 0:
-            try:
-                metrics = self._measure(splits)
-            except FloatingPointError as error:
-                problem = str(error)
-        if (problem := distributed.from_first(problem)) is not None:
-            raise FloatingPointError(problem)
+        with distributed.together() as on_first:
+            metrics = self._measure(splits) if on_first else {}
         if stream is not None:
             drained = stream.drain(trial_id=trial_id(self.config), step=self.step, weights="raw")
             self.rows += drained if distributed.rank() == 0 else []
@@ -237,6 +235,8 @@ class _Training:
 
     def _finish(self, report: Report) -> None:
         """The last evaluation, the only look at the test set, and the files of the trial."""
+        if self.step == 0:  # nothing was trained, so nothing has been saved
+            self._save()
         self._record(report, self._evaluate(("validation", "test")))
         if distributed.rank() == 0:
             self.evaluation.write_norm_map(self.method.evaluated(), self.directory)
@@ -264,6 +264,7 @@ class _Training:
             "step": self.step,
             "last_good": self._last_good,
             "started_from": self.started_from,
+            "model": self.config.model.model_dump(mode="json"),
             "streams": self.streams.state_dict(),
             "history": self.history,
             "rows": _to_tensor(token_table.to_table(self.rows)),
@@ -310,6 +311,14 @@ def _device(config: TrialConfig) -> torch.device:
     if config.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     return device
+
+
+@contextmanager
+def _seeded(streams: Streams, purpose: str) -> Iterator[None]:
+    """PyTorch's global generator, from which users' own parts may draw, at a seed of this trial, and then as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(streams.seed_for(f"global:{purpose}"))
+        yield
 
 
 @contextmanager

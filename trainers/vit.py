@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from trainers import catalog
 from trainers.attention import SINKS, Attention, Layout, attention_mask, pack, unpack
 from trainers.config import ModelConfig
+from trainers.device import moved
 from trainers.dotted import load
 from trainers.drop_path import Drop, Subset, add_branch, draw_factors, draw_subsets, factors_of_tokens
 from trainers.position import interpolate_position
@@ -149,7 +150,7 @@ class ViT(VisionTransformer):
         return list(self.blocks)
 
     def _initialise(self, streams: Streams, reg_init_std: float | str | None) -> None:
-        """timm's and DeiT-III's initialisation: N(0, 0.02²) cut at ±2 for weights, patch convolution as PyTorch's."""
+        """DeiT-III's initialisation: N(0, 0.02²) cut at ±2 for weights, patch convolution as PyTorch's."""
         for name, parameter in self.named_parameters():
             generator = torch.Generator().manual_seed(streams.seed_for(f"init:{name}"))
             if name == "reg_token":
@@ -157,7 +158,9 @@ class ViT(VisionTransformer):
             elif name.startswith("patch_embed."):
                 bound = self.patch_embed.proj.weight[0].numel() ** -0.5
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
-            elif name in ("cls_token", "pos_embed") or (parameter.ndim == 2 and name.endswith(".weight")):
+            elif name == "cls_token":
+                nn.init.trunc_normal_(parameter, std=self.settings.cls_init_std, generator=generator)
+            elif name == "pos_embed" or (parameter.ndim == 2 and name.endswith(".weight")):
                 nn.init.trunc_normal_(parameter, std=0.02, generator=generator)
             elif name.endswith((".bias_k", ".bias_v")):  # of AttentionBias
                 nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -244,11 +247,11 @@ class ViT(VisionTransformer):
         pairs = list(zip(images, crops, strict=True))
         if group is None:
             drawn = [draw_factors(self.drop_path, self.depth, *pair, generator) for pair in pairs]
-            moved = [factors.to(device, non_blocking=True) for factors in drawn]
-            return list(factors_of_tokens(moved, layout.shapes))
+            of_groups = [moved(factors, device) for factors in drawn]
+            return list(factors_of_tokens(of_groups, layout.shapes))
         subsets = [draw_subsets(self.drop_path, group, self.depth, *pair, generator) for pair in pairs]
         scale = subsets[0][1]
-        rows = [rows_L2k.to(device, non_blocking=True) for rows_L2k, _ in subsets]
+        rows = [moved(rows_L2k, device) for rows_L2k, _ in subsets]
         return [Subset(rows_of_block, scale) for rows_of_block in zip(*rows, strict=True)]
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

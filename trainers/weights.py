@@ -56,6 +56,10 @@ _DECIDE = {
 _LISTED = 12  # names that a message lists
 
 
+# Settings of a model that no tensor shows and that another trial must share. Registers, sinks and masks may be added.
+_COMPUTES = ("mlp", "norm_eps", "pre_norm", "pos_antialias", "pos_offset")
+
+
 @dataclass(frozen=True)
 class Report:
     """What became of weights: whose layout they had, how many tensors were loaded, and what did not simply fit."""
@@ -75,11 +79,14 @@ def start_from(backbone: ViT, init: InitFrom, execution: ExecutionConfig) -> str
         ValueError: they cannot be had or do not fit; the message has one line.
     """
     source, found = _found(backbone, init, execution)
+    digest = fingerprint(found.tensors)
+    if init.fingerprint not in (None, digest):
+        raise ValueError(f"{source}: has the fingerprint {digest}, model.init_from.fingerprint is {init.fingerprint}")
     report = load_into(backbone, found, source)
-    log.info("model.init_from: %d tensors of %s (layout %s)", report.loaded, source, report.layout)
+    log.info("model.init_from: %d tensors of %s (layout %s, %s)", report.loaded, source, report.layout, digest)
     for note in report.notes:
         log.info("model.init_from: %s", note)
-    return fingerprint(found.tensors)
+    return digest
 
 
 def _found(backbone: ViT, init: InitFrom, execution: ExecutionConfig) -> tuple[str, Converted]:
@@ -90,7 +97,7 @@ def _found(backbone: ViT, init: InitFrom, execution: ExecutionConfig) -> tuple[s
     if init.timm is not None:
         return f"timm's {init.timm}", _timm_weights(init.timm, backbone)
     assert init.trial is not None and init.step is not None, "the configuration is not resolved"
-    return f"step {init.step} of trial {init.trial}", _trial_weights(init.trial, init.step, execution)
+    return f"step {init.step} of trial {init.trial}", _trial_weights(init.trial, init.step, execution, backbone)
 
 
 def load_weights(path: Path, backbone: ViT) -> Report:
@@ -216,8 +223,8 @@ def _differences(theirs: Any, ours: Any) -> Iterable[str]:
         yield f"activation is {type(theirs.blocks[0].mlp.act).__name__} there; see model.mlp"
 
 
-def _trial_weights(trial: str, step: int, execution: ExecutionConfig) -> Converted:
-    """The raw backbone of another trial's checkpoint, which must be whole."""
+def _trial_weights(trial: str, step: int, execution: ExecutionConfig, backbone: ViT) -> Converted:
+    """The raw backbone of another trial's checkpoint, which must be whole and compute as `backbone` does."""
     if execution.trials_root is None:
         raise ValueError(f"execution.trials_root is null; it says where trial {trial} of model.init_from is looked for")
     root = Path(execution.trials_root)
@@ -229,7 +236,11 @@ def _trial_weights(trial: str, step: int, execution: ExecutionConfig) -> Convert
         has = ", ".join(map(str, sorted(kept))) or "none"
         advice = "name it in that trial's execution.keep_steps before it trains"
         raise ValueError(f"trial {trial} keeps no checkpoint of step {step} (steps: {has}); {advice}")
-    state = _first_whole(kept[step])["method"]
+    stored = _first_whole(kept[step])
+    then, now = stored["model"], backbone.settings.model_dump(mode="json")
+    if differ := [f"{name} {then[name]!r}, not {now[name]!r}" for name in _COMPUTES if then[name] != now[name]]:
+        raise ValueError(f"trial {trial} computes otherwise than the model: model.{'; model.'.join(differ)}")
+    state = stored["method"]
     prefix = "backbone."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     return Converted("trial", tensors, {name: "not of the backbone" for name in state if not name.startswith(prefix)})

@@ -14,7 +14,8 @@ from torch import Tensor
 from trainers import optim, vit
 from trainers.config import TrialConfig, resolve
 from trainers.methods import Batch, Progress
-from trainers.methods.dino import Dino, cross_entropy, sharpened
+from trainers.methods.dino import Dino, dino_loss, sharpened
+from trainers.methods.self_distillation import teacher_temp
 from trainers.streams import Streams
 
 PROGRESS = Progress(step=0, steps=10)
@@ -80,16 +81,16 @@ def test_loss_is_the_mean_over_pairs_of_different_crops(num_local: int) -> None:
         if v != a
     ]
     assert len(pairs) == 2 * (crops - 1)
-    torch.testing.assert_close(cross_entropy(student, targets, 0.1), torch.stack(pairs).mean())
+    torch.testing.assert_close(dino_loss(student, targets, 0.1), torch.stack(pairs).mean())
 
 
 def test_loss_of_agreement_by_hand() -> None:
     """All crops of all images sure of the same of two prototypes: the teacher's 1 and the student's logits ±1 / 0.1."""
     student = torch.tensor([[1.0, -1.0]]).repeat(6, 1)
     targets = torch.tensor([[1.0, 0.0]]).repeat(4, 1)
-    assert float(cross_entropy(student, targets, 0.1)) == pytest.approx(math.log1p(math.exp(-20.0)), abs=1e-6)
-    assert float(cross_entropy(-student, targets, 0.1)) == pytest.approx(20.0, rel=1e-6)
-    assert float(cross_entropy(0 * student, targets, 0.1)) == pytest.approx(math.log(2.0))
+    assert float(dino_loss(student, targets, 0.1)) == pytest.approx(math.log1p(math.exp(-20.0)), abs=1e-6)
+    assert float(dino_loss(-student, targets, 0.1)) == pytest.approx(20.0, rel=1e-6)
+    assert float(dino_loss(0 * student, targets, 0.1)) == pytest.approx(math.log(2.0))
 
 
 def test_teacher_is_centred_then_sharpened() -> None:
@@ -108,7 +109,7 @@ def test_losses_are_those_of_the_parts_one_by_one() -> None:
     groups = [trained.backbone.tokens(views[name]).cls_BD for name in ("global", "local")]  # type: ignore[operator]
     student = trained.head(torch.cat(groups))
     teacher = trained.teacher_head(trained.teacher_backbone.tokens(views["global"]).cls_BD)  # type: ignore[operator]
-    expected = cross_entropy(student, sharpened(teacher, torch.zeros(1, 24), 0.04), 0.1)
+    expected = dino_loss(student, sharpened(teacher, torch.zeros(1, 24), 0.04), 0.1)
     torch.testing.assert_close(ours, expected)
     ours.backward()
     assert all(parameter.grad is None for parameter in trained.teacher_backbone.parameters())
@@ -206,8 +207,9 @@ def test_each_gradient_is_clipped_by_itself() -> None:
 
 
 def test_temperature_of_the_teacher_warms_up_linearly() -> None:
-    trained, _ = method(dino__warmup_teacher_temp=0.04, dino__teacher_temp=0.07, dino__warmup_teacher_temp_steps=4)
-    temperatures = [trained.teacher_temp(number) for number in range(6)]
+    settings = config(dino__warmup_teacher_temp=0.04, dino__teacher_temp=0.07, dino__warmup_teacher_temp_steps=4).dino
+    assert settings is not None
+    temperatures = [teacher_temp(settings, number) for number in range(6)]
     assert temperatures == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07, 0.07])
 
 

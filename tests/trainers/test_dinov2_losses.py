@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.methods import dinov2
-from trainers.methods.dinov2 import Center, cross_entropy, koleo_loss, sinkhorn_knopp
+from trainers.methods.dinov2 import Center, koleo_loss, sinkhorn_knopp
 
 
 def alternating(logits: Tensor, temp: float) -> Tensor:
@@ -20,10 +19,6 @@ def alternating(logits: Tensor, temp: float) -> Tensor:
         matrix = matrix / matrix.sum(dim=0, keepdim=True)
         matrix = matrix / matrix.sum(dim=1, keepdim=True)
     return matrix.float()
-
-
-def plain_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    return -(teacher * F.log_softmax(student / 0.1, dim=-1)).sum(dim=-1)
 
 
 def test_koleo_looks_for_neighbours_within_a_group() -> None:
@@ -73,29 +68,3 @@ def test_a_center_stays_where_there_is_no_row() -> None:
     center.update(torch.zeros(0, 3))
     center.probabilities(torch.zeros(1, 3), 1.0)
     torch.testing.assert_close(center.center, torch.tensor([[0.2, 0.2, 0.2]]))
-
-
-@pytest.mark.parametrize("cached", [1, 50, 2**18])
-def test_cross_entropy_and_its_gradient_whatever_is_worked_on_at_once(
-    cached: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dinov2, "_CACHE_VALUES", cached)
-    generator = torch.Generator().manual_seed(0)
-    student = torch.randn(3, 7, 5, generator=generator).requires_grad_()
-    teacher = 2 * torch.softmax(torch.randn(7, 5, generator=generator), dim=-1)  # two targets at once
-    weights = torch.rand(3, 7, generator=generator)
-    ours = cross_entropy(student, teacher, 0.1)
-    (gradient,) = torch.autograd.grad((ours * weights).sum(), student)
-    plain = plain_cross_entropy(student, teacher)
-    (expected,) = torch.autograd.grad((plain * weights).sum(), student)
-    torch.testing.assert_close(ours, plain)
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_cross_entropy_of_half_precision_logits_is_single_and_its_gradient_half() -> None:
-    student = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
-    teacher = torch.full((4, 6), 1 / 6)
-    loss = cross_entropy(student, teacher, 0.1)
-    assert torch.equal(loss, cross_entropy(student.detach().float(), teacher, 0.1))
-    loss.sum().backward()
-    assert student.grad is not None and student.grad.dtype == torch.bfloat16

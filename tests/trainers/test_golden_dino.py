@@ -9,7 +9,7 @@ from tests.golden_files import Golden, close
 from trainers import schedules, vit
 from trainers.config import resolve
 from trainers.methods import Batch, Progress
-from trainers.methods.dino import Dino, cross_entropy, sharpened
+from trainers.methods.dino import Dino, dino_loss, sharpened
 from trainers.streams import Streams
 
 pytestmark = pytest.mark.golden
@@ -24,7 +24,7 @@ def golden() -> Golden:
 def test_loss_and_its_gradient(golden: Golden, call: str) -> None:
     student = golden[f"{call}_student"].requires_grad_()
     targets = sharpened(golden[f"{call}_teacher"], golden[f"{call}_center_before"], golden[f"{call}_temp"])
-    loss = cross_entropy(student, targets, golden["student_temp"])
+    loss = dino_loss(student, targets, golden["student_temp"])
     loss.backward()
     close(loss.detach(), torch.tensor(golden[f"{call}_loss"]))
     close(student.grad, golden[f"{call}_grad_student"])

@@ -215,3 +215,22 @@ def test_it_runs_under_torchrun_and_goes_on_with_another_number_of_ranks(tmp_pat
     result, reports = run(settings, tmp_path / "trial", data_cache)
     assert result.status == "finished"
     assert reports[4]["train/loss"] == lines[3]["train/loss"]
+
+
+@pytest.mark.slow
+def test_asked_to_end_it_leaves_a_checkpoint_and_goes_on(tmp_path: Path, data_cache: Path) -> None:
+    settings = tiny_trial("dino", optim__steps=400, evaluation__points=1, execution__checkpoint_seconds=600.0)
+    (tmp_path / "config.json").write_text(resolve(settings).model_dump_json())
+    place = [str(tmp_path / "config.json"), str(tmp_path / "trial"), "--cache", str(data_cache)]
+    command = [sys.executable, "-m", "trainers", *place]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run_:
+        assert run_.stdout is not None and run_.stderr is not None
+        run_.stdout.readline()  # it trains
+        run_.send_signal(signal.SIGINT)
+        run_.stdout.read()
+        said = run_.stderr.read()
+    assert run_.returncode == 130
+    assert "the same command goes on from there" in said and "Traceback" not in said
+    kept = list((tmp_path / "trial" / "checkpoints").glob("*.pt"))
+    assert len(kept) == 1 and 0 < int(kept[0].stem.removeprefix("step_")) < 400

@@ -245,6 +245,7 @@ def test_dinov2_on_imagenet_1k_and_22k() -> None:
         "dinov2.ibot_head": None,
         "dinov2.crops.local_size": 96,
         "dinov2.koleo.group_size": 64,
+        "dinov2.mask_group_size": 64,
         "dinov2.centering": "softmax",
         "dinov2.teacher_momentum": 0.992,
     }
@@ -265,6 +266,7 @@ def test_dinov2_on_imagenet_1k_and_22k() -> None:
         "dinov2.ibot_head.bottleneck": 256,
         "dinov2.crops.local_size": 98,
         "dinov2.koleo.group_size": 32,
+        "dinov2.mask_group_size": 32,
         "dinov2.centering": "sinkhorn",
         "dinov2.sinkhorn_iterations": 3,
         "dinov2.teacher_momentum": 0.994,

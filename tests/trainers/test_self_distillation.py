@@ -1,4 +1,4 @@
-"""The projection head against PyTorch's own layers, and a teacher's path in closed form."""
+"""The projection head and the cross-entropy against PyTorch's own, and a teacher's path in closed form."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from trainers.method_settings import HeadConfig
-from trainers.methods.self_distillation import PrototypeHead, move_teacher_, teacher_copy
+from trainers.methods import self_distillation
+from trainers.methods.self_distillation import PrototypeHead, cross_entropy, divided, move_teacher_, teacher_copy
 from trainers.streams import Streams
 
 SETTINGS = HeadConfig(prototypes=12, hidden=16, bottleneck=6, layers=3)
@@ -130,3 +131,47 @@ def test_momentum_one_leaves_the_teacher_and_momentum_zero_copies_the_student() 
 def test_a_teacher_of_another_shape_is_refused() -> None:
     with pytest.raises(RuntimeError):
         move_teacher_(head(layers=2), head(), 0.5)
+
+
+def plain_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    return -(teacher * F.log_softmax(student / 0.1, dim=-1)).sum(dim=-1)
+
+
+@pytest.mark.parametrize("cached", [1, 50, 2**18])
+def test_cross_entropy_and_its_gradient_whatever_is_worked_on_at_once(
+    cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(self_distillation, "_CACHE_VALUES", cached)
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(3, 7, 5, generator=generator).requires_grad_()
+    teacher = 2 * torch.softmax(torch.randn(7, 5, generator=generator), dim=-1)  # two targets at once
+    weights = torch.rand(3, 7, generator=generator)
+    ours = cross_entropy(student, teacher, 0.1)
+    (gradient,) = torch.autograd.grad((ours * weights).sum(), student)
+    plain = plain_cross_entropy(student, teacher)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), student)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_cross_entropy_of_half_precision_logits_is_single_and_its_gradient_half() -> None:
+    student = torch.randn(1, 4, 6, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    teacher = torch.full((4, 6), 1 / 6)
+    loss = cross_entropy(student, teacher, 0.1)
+    assert torch.equal(loss, cross_entropy(student.detach().float(), teacher, 0.1))
+    loss.sum().backward()
+    assert student.grad is not None and student.grad.dtype == torch.bfloat16
+
+
+def test_a_gpu_works_on_512_rows_of_two_views_of_65536_prototypes_at_once() -> None:
+    pieces = self_distillation._pieces(torch.empty(2, 1100, 65_536, device="meta"))
+    assert pieces == [slice(0, 512), slice(512, 1024), slice(1024, 1536)]
+    assert self_distillation._pieces(torch.empty(2, 0, 65_536, device="meta")) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_divided_in_single_precision_and_stay_as_they_are(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[1.0, -3.0]], dtype=dtype)
+    result = divided(logits, 0.1)
+    torch.testing.assert_close(result, torch.tensor([[10.0, -30.0]]))
+    assert logits.tolist() == [[1.0, -3.0]]

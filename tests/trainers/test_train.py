@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from trainers import loader, train
+from tests.conftest import tiny_trial
+from trainers import distributed, loader, train
+from trainers.catalog import METHODS
 from trainers.config import resolve
 from trainers.methods import Batch, Method, Progress
 from trainers.streams import Streams
@@ -149,6 +151,36 @@ def test_mixing_in_groups_mixes_each_with_its_own_mirror_and_its_own_share(
     assert len(set(shares)) == 4
 
 
+class Careless(NanAtTen):
+    """A method of a user's own that leaves its head to PyTorch's default initialisation."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.head = torch.nn.Linear(64, 10)
+
+
+def test_what_a_users_own_method_draws_from_the_global_generator_is_the_trials_too(
+    tiny: dict[str, Any], tmp_path: Path, data_cache: Path
+) -> None:
+    heads = []
+    for number, registers in enumerate((0, 0, 4)):
+        torch.manual_seed(number)
+        before = torch.random.get_rng_state()
+        settings = {**tiny, "method": f"{__name__}:Careless", "model.num_registers": registers}
+        heads.append(trainer(settings, tmp_path, data_cache).method.head.weight)
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
+
+
+def test_a_trial_of_no_steps_measures_and_keeps_what_it_starts_from(
+    tiny: dict[str, Any], tmp_path: Path, data_cache: Path
+) -> None:
+    result, reports = run({**tiny, "optim.steps": 0}, tmp_path, data_cache)
+    assert (result.status, result.steps) == ("finished", 0)
+    assert "test/linear/top1" in reports[0] and "train/loss" not in reports[0]
+    assert (tmp_path / "checkpoints" / "step_000000000.pt").is_file()
+
+
 def test_a_micro_batch_that_ranks_cannot_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader.distributed, "world_size", lambda: 3)
     with pytest.raises(ValueError, match="micro_batch_size 16 cannot be shared evenly by 3 ranks"):
@@ -198,6 +230,30 @@ def test_fp16_on_a_cpu_is_refused(tiny: dict[str, Any], tmp_path: Path, data_cac
         run({**tiny, "precision": "fp16"}, tmp_path, data_cache)
 
 
-def test_bf16_trains(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:
-    result, _ = run({**tiny, "precision": "bf16"}, tmp_path, data_cache)
+def test_a_failure_of_the_first_ranks_evaluation_is_raised_by_all() -> None:
+    with pytest.raises(FloatingPointError, match="not finite"), distributed.together() as on_first:
+        assert on_first
+        raise FloatingPointError("features are not finite")
+    with pytest.raises(MemoryError), distributed.together():
+        raise MemoryError
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_trains(method: str, tmp_path: Path, data_cache: Path) -> None:
+    settings = tiny_trial(method, precision="bf16", optim__steps=2, evaluation__points=1, model__num_registers=2)
+    result, reports = run(settings, tmp_path, data_cache)
     assert result.status == "finished"
+    _, single = run({**settings, "precision": "fp32"}, tmp_path / "fp32", data_cache)
+    assert reports[1]["train/loss"] == pytest.approx(single[1]["train/loss"], rel=0.02)
+    assert reports[1]["train/loss"] != single[1]["train/loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at all inputs
+def test_a_compiled_trial_computes_what_an_eager_one_does(tmp_path: Path, data_cache: Path) -> None:
+    settings = tiny_trial("dinov2", optim__steps=3, evaluation__points=1, model__num_registers=2)
+    _, eager = run(settings, tmp_path / "eager", data_cache)
+    result, compiled = run({**settings, "compile": True}, tmp_path / "compiled", data_cache)
+    assert result.status == "finished"
+    for step in (1, 2, 3):
+        assert compiled[step]["train/loss"] == pytest.approx(eager[step]["train/loss"], rel=1e-4)

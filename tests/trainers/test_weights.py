@@ -272,12 +272,29 @@ def test_a_file_is_loaded_and_what_did_not_fit_is_logged(tmp_path: Path, caplog:
         found = start_from(ours, InitFrom(file=str(path)), ExecutionConfig())
     assert_holds(ours, state())
     assert found == fingerprint(state())
-    assert f"{len(state())} tensors of {path} (layout timm)" in caplog.text
+    assert f"{len(state())} tensors of {path} (layout timm, {found})" in caplog.text
     assert "left out, a head: head.weight" in caplog.text
     assert "left as initialised, the weights have none: registers" in caplog.text
     again = backbone()
     load_weights(path, again)
     assert_holds(again, state())
+
+
+def test_weights_that_changed_under_their_name_are_refused_where_their_fingerprint_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(state(), path)
+    found = start_from(backbone(), InitFrom(file=str(path)), ExecutionConfig())
+    assert start_from(backbone(), InitFrom(file=str(path), fingerprint=found), ExecutionConfig()) == found
+    torch.save({**state(), "cls_token": torch.ones(1, 1, 64)}, path)
+    with pytest.raises(ValueError, match=rf"has the fingerprint [0-9a-f]{{16}}, .*fingerprint is {found}"):
+        start_from(backbone(), InitFrom(file=str(path), fingerprint=found), ExecutionConfig())
+
+
+def test_a_trial_whose_model_computes_otherwise_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "trials" / TRIAL / "checkpoints", (10,), mlp="quick_gelu", norm_eps=1e-5)
+    execution, init = ExecutionConfig(trials_root=str(tmp_path)), InitFrom(trial=TRIAL, step=10)
+    with pytest.raises(ValueError, match=r"model.mlp 'quick_gelu', not 'gelu'; model.norm_eps 1e-05, not 1e-06"):
+        start_from(backbone(), init, execution)
 
 
 def test_a_file_of_an_unknown_layout_is_named(tmp_path: Path) -> None:
@@ -352,11 +369,13 @@ def test_pretrained_weights_of_a_registered_model(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(ours.state_dict()["blocks.11.mlp.fc2.weight"], weights["blocks.11.mlp.fc2.weight"])
 
 
-def saved(folder: Path, steps: tuple[int, ...], offset: float = 0.0) -> None:
+def saved(folder: Path, steps: tuple[int, ...], offset: float = 0.0, **model_settings: object) -> None:
     for step in steps:
         tensors = {f"backbone.{name}": tensor + offset + step for name, tensor in state().items()}
         teacher = {f"teacher_backbone.{name}": tensor for name, tensor in state().items()}
-        checkpoint.save(folder, step, {"method": {**tensors, **teacher, "head.weight": torch.zeros(2)}}, keep=100)
+        method = {**tensors, **teacher, "head.weight": torch.zeros(2)}
+        model = backbone(**model_settings).settings.model_dump(mode="json")
+        checkpoint.save(folder, step, {"method": method, "model": model}, keep=100)
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "attempts/3/checkpoints"])

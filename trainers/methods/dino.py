@@ -25,9 +25,15 @@ from trainers import distributed, vit
 from trainers.config import TrialConfig
 from trainers.method_settings import DinoConfig
 from trainers.methods import Batch, Method, Progress, Views
-from trainers.methods.self_distillation import PrototypeHead, move_teacher_, teacher_copy
+from trainers.methods.self_distillation import (
+    PrototypeHead,
+    cross_entropy,
+    move_teacher_,
+    teacher_copy,
+    teacher_temp,
+)
 from trainers.multicrop import DINO_BLUR, NUM_GLOBAL, multicrop_views
-from trainers.schedules import cosine, linear_then_constant
+from trainers.schedules import cosine
 from trainers.streams import Streams
 
 
@@ -61,17 +67,11 @@ class Dino(Method):
         with torch.no_grad():
             teacher = self.teacher_head(_class_tokens([self.teacher_backbone.tokens(views["global"])])).float()  # type: ignore[operator]
             self._batch_center_1K = teacher.mean(dim=0, keepdim=True)
-            targets = sharpened(teacher, self.center_1K, self.teacher_temp(progress.step))
+            targets = sharpened(teacher, self.center_1K, teacher_temp(self.settings, progress.step))
         groups = [views[name] for name in ("global", "local") if name in views]
         crops = [NUM_GLOBAL, self.settings.crops.num_local][: len(groups)]
         student = self.head(_class_tokens(vit.forward_groups(self.backbone, groups, crops=crops)))  # type: ignore[arg-type]
-        return {"dino": cross_entropy(student, targets, self.settings.student_temp)}
-
-    def teacher_temp(self, step: int) -> float:
-        """Temperature of the teacher at a step."""
-        settings = self.settings
-        warmup = settings.warmup_teacher_temp_steps
-        return linear_then_constant(step, settings.warmup_teacher_temp, settings.teacher_temp, warmup)
+        return {"dino": dino_loss(student, targets, self.settings.student_temp)}
 
     def before_update(self, progress: Progress) -> None:
         """Drop the gradients of the prototypes while they are frozen; no weight decay moves them then either."""
@@ -118,19 +118,20 @@ def sharpened(teacher_logits: Tensor, center_1K: Tensor, temperature: float) -> 
     return F.softmax((teacher_logits - center_1K) / temperature, dim=-1)
 
 
-def cross_entropy(student_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Mean over the images and over the pairs of a teacher's crop and another of the student's.
+def dino_loss(student_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy: mean over the images and over the pairs of a teacher's crop and another of the student's.
 
     Args:
         student_logits: [V · B, K], global crops first.
         targets: the teacher's probabilities of the global crops, [2 · B, K].
         temperature: of the student.
     """
-    target_2BK = targets.view(2, -1, targets.shape[1])
-    images, prototypes = target_2BK.shape[1:]
-    log_VBK = F.log_softmax(student_logits.float() / temperature, dim=-1).view(-1, images, prototypes)
-    crops = len(log_VBK)
-    total = torch.sum(target_2BK.flip(0) * log_VBK[:2])
-    if crops > 2:  # both of the teacher's crops are targets of the local ones, which are summed first
-        total = total + torch.sum(target_2BK.sum(dim=0) * log_VBK[2:].sum(dim=0))
-    return total / (-2 * (crops - 1) * images)
+    rows, prototypes = targets.shape
+    images = rows // NUM_GLOBAL
+    crops = len(student_logits) // images
+    of_global, of_local = torch.split(student_logits, [rows, len(student_logits) - rows])
+    total = cross_entropy(of_global[None], targets.roll(images, dims=0), temperature).sum()
+    if crops > NUM_GLOBAL:  # both of the teacher's crops are targets of the local ones, so their sum is
+        both_BK = targets.view(NUM_GLOBAL, images, prototypes).sum(dim=0)
+        total = total + cross_entropy(of_local.view(-1, images, prototypes), both_BK, temperature).sum()
+    return total / (NUM_GLOBAL * (crops - 1) * images)

@@ -7,6 +7,11 @@ Source: facebookresearch/dinov2 (dinov2/train/ssl_meta_arch.py, dinov2/loss).
               iBOT: masked patches predict what the teacher makes of the same patches
               KoLeo: class tokens of a crop keep away from their nearest neighbour among a group of images
 After each step the teacher moves towards the student. The teacher is evaluated.
+Different from there:
+    masks     without `mask_group_size` they are spread over the crops of the whole batch, not of each device's
+    centring  iBOT's centre takes the mean over the masked patches of all ranks, not the mean of the ranks' means
+    KoLeo     stays on where the weight of DINO's loss, which it is tied to there, is 0
+    settings  precision and how class tokens are initialised are the trial's, and the official ones in the presets alone
 Shapes: B images of this rank, N patches of a global crop, V views, M rows (class tokens or masked patches), D width,
 K prototypes. Crops come crop-major: all images' first crop, then their second.
 """
@@ -19,6 +24,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainers import distributed, vit
@@ -26,13 +32,19 @@ from trainers.config import TrialConfig
 from trainers.masking import BlockMasks, requested_counts
 from trainers.method_settings import DinoV2Config
 from trainers.methods import Batch, Method, Progress, Upcoming, Views
-from trainers.methods.self_distillation import PrototypeHead, move_teacher_, teacher_copy
+from trainers.methods.self_distillation import (
+    PrototypeHead,
+    cross_entropy,
+    divided,
+    move_teacher_,
+    teacher_copy,
+    teacher_temp,
+)
 from trainers.multicrop import DINOV2_BLUR, NUM_GLOBAL, multicrop_views
-from trainers.schedules import cosine, linear_then_constant
+from trainers.schedules import cosine
 from trainers.streams import Streams
 
 _TOP_EXPONENT = 60.0  # e^60 · 10^12 entries is below float32's largest number, and entries e^-147 below still count
-_CACHE_VALUES = 2**18  # float32 values (1 MiB) that a CPU works on at once, so that they stay in its cache
 
 
 class Rows(NamedTuple):
@@ -113,10 +125,9 @@ class DinoV2(Method):
         if not settings.mask_probability:
             return {}
         generator = np.random.default_rng(self.streams.seed_for(f"masks/{upcoming.step}"))
-        crops = NUM_GLOBAL * upcoming.batch_size
         patches = self.block_masks.side**2
-        counts = requested_counts(crops, patches, settings.mask_probability, settings.mask_ratio, generator)
-        seeds = generator.integers(2**63, size=crops)
+        counts = self._masked_counts(upcoming.batch_size, patches, generator)
+        seeds = generator.integers(2**63, size=len(counts))
         own = np.concatenate([crop * upcoming.batch_size + upcoming.positions for crop in range(NUM_GLOBAL)])
         masks = self.block_masks(counts[own], seeds[own])
         indices = np.flatnonzero(masks)
@@ -127,12 +138,25 @@ class DinoV2(Method):
             "padding": torch.empty(images, padding, 0),
         }
 
+    def _masked_counts(self, batch_size: int, patches: int, generator: np.random.Generator) -> NDArray[np.int64]:
+        """How many patches each global crop of the whole batch should lose, crop-major, each group balanced."""
+        settings = self.settings
+        size = settings.mask_group_size or batch_size
+        groups = [
+            requested_counts(NUM_GLOBAL * size, patches, settings.mask_probability, settings.mask_ratio, generator)
+            for _ in range(batch_size // size)
+        ]
+        return np.concatenate([group.reshape(NUM_GLOBAL, size) for group in groups], axis=1).flatten()
+
     def views(self, batch: Batch, streams: Streams) -> Views:
         """`global` [2B, 3, S, S] and `local` crops, `masks` bool [2B, N] of the former, `masked` int64 [M].
 
-        `masked` are the indices of the masked patches in the flattened masks.
+        `masked` are the indices of the masked patches in the flattened masks. Only DINO's loss takes local crops.
         """
-        views = multicrop_views(batch, self.image_size, self.settings.crops, streams, DINOV2_BLUR)
+        crops = self.settings.crops
+        if not self.settings.dino_weight:
+            crops = crops.model_copy(update={"num_local": 0})
+        views = multicrop_views(batch, self.image_size, crops, streams, DINOV2_BLUR)
         if self.settings.mask_probability:
             indices = batch.prepared["masked"].flatten()
             views["masks"] = batch.prepared["masks"].transpose(0, 1).flatten(0, 1)
@@ -145,7 +169,7 @@ class DinoV2(Method):
         Each is a mean over this rank's images, so that their mean over ranks is the loss of the whole batch.
         """
         settings = self.settings
-        targets = self._targets(views, self.teacher_temp(progress.step))
+        targets = self._targets(views, teacher_temp(settings, progress.step))
         tokens = self._student_tokens(views)
         student = self._logits(tokens, views, self.dino_head, self.ibot_head)
         losses: dict[str, Tensor] = {}
@@ -160,12 +184,6 @@ class DinoV2(Method):
             terms = [koleo_loss(crop, settings.koleo.group_size) for crop in crops]
             losses["koleo"] = settings.koleo.weight * torch.stack(terms).sum()
         return losses
-
-    def teacher_temp(self, step: int) -> float:
-        """Temperature of the teacher at a step."""
-        settings = self.settings
-        warmup = settings.warmup_teacher_temp_steps
-        return linear_then_constant(step, settings.warmup_teacher_temp, settings.teacher_temp, warmup)
 
     @torch.no_grad()
     def _targets(self, views: Views, temp: float) -> Rows:
@@ -187,7 +205,7 @@ class DinoV2(Method):
     def _student_tokens(self, views: Views) -> list[vit.Tokens]:
         """Of the global crops, masked, and of the local ones, in one pass."""
         groups, crops = [views["global"]], [NUM_GLOBAL]
-        if self.settings.dino_weight and "local" in views:
+        if "local" in views:
             groups.append(views["local"])
             crops.append(self.settings.crops.num_local)
         return vit.forward_groups(cast(vit.Backbone, self.backbone), groups, views.get("masks"), crops)
@@ -316,7 +334,7 @@ def sinkhorn_knopp(logits_MK: Tensor, temp: float, iterations: int) -> Tensor:
     Source: dinov2/loss/dino_clstoken_loss.py, `sinkhorn_knopp_teacher`.
     """
     with torch.autocast(logits_MK.device.type, enabled=False):
-        exponents = logits_MK.float() / temp
+        exponents = divided(logits_MK, temp)
         largest = exponents.max() if exponents.numel() else exponents.new_full((), -torch.inf)
         matrix = exponents.sub_(distributed.max_(largest) - _TOP_EXPONENT).exp_()
         of_rows = matrix.new_ones(len(matrix))
@@ -359,45 +377,3 @@ class Center(nn.Module):
         packed = distributed.sum_(torch.cat([total, total.new_full((1, 1), len(logits_MK))], dim=1))
         self.batch_mean.copy_(packed[:, :-1] / packed[:, -1:].clamp(min=1.0))
         self.waiting.copy_(packed[0, -1].clamp(max=1.0))
-
-
-def cross_entropy(student_VMK: Tensor, teacher_MK: Tensor, temp: float) -> Tensor:
-    """-Σ_K teacher · log softmax(student / temp), float32 [V, M]; the gradient is the student's alone."""
-    return cast(Tensor, _CrossEntropy.apply(student_VMK, teacher_MK, temp))
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits alone for the backward pass and works on as many rows at once as a CPU's cache holds.
-
-    Written with PyTorch's own operations it would keep two more float32 tensors of the logits' size: the largest of all
-    in training with 65,536 prototypes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student_VMK: Tensor, teacher_MK: Tensor, temp: float) -> Tensor:
-        ctx.save_for_backward(student_VMK, teacher_MK)
-        ctx.temp = temp
-        result = torch.empty(student_VMK.shape[:2], device=student_VMK.device)
-        for rows in _pieces(student_VMK):
-            log_probabilities = torch.log_softmax(student_VMK[:, rows].float() / temp, dim=-1)
-            result[:, rows] = log_probabilities.mul_(teacher_MK[rows]).sum(dim=-1).neg_()
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        student_VMK, teacher_MK = ctx.saved_tensors
-        scale_VM1 = gradients[0][:, :, None] / ctx.temp
-        result = torch.empty_like(student_VMK)
-        for rows in _pieces(student_VMK):
-            targets = teacher_MK[rows]
-            scale = scale_VM1[:, rows]
-            gradient = torch.softmax(student_VMK[:, rows].float() / ctx.temp, dim=-1)
-            gradient.mul_(targets.sum(dim=-1, keepdim=True) * scale)
-            result[:, rows] = gradient.addcmul_(targets, scale, value=-1.0)
-        return result, None, None
-
-
-def _pieces(student_VMK: Tensor) -> list[slice]:
-    views, count, prototypes = student_VMK.shape
-    piece = max(1, _CACHE_VALUES // (views * prototypes)) if student_VMK.device.type == "cpu" else max(1, count)
-    return [slice(start, start + piece) for start in range(0, count, piece)]
