@@ -98,7 +98,9 @@ def test_presets_hold_settings_of_their_method_in_its_structure(method: str, nam
     assert set(PRESETS[method][name]) <= {field for field in fields() if not field.startswith(others)}
     assert resolve(resolved(method, name).model_dump()) == resolved(method, name)
     found = values(method, name)
-    assert {setting: found[setting] for setting in STRUCTURE[method]} == STRUCTURE[method]
+    lengths = ("optim.min_lr", "optim.weight_decay_end", "dino.teacher_momentum_end") if name == "nano" else ()
+    structure = {setting: value for setting, value in STRUCTURE[method].items() if setting not in lengths}
+    assert {setting: found[setting] for setting in structure} == structure
 
 
 @pytest.mark.parametrize(("method", "name"), OFFICIAL)
