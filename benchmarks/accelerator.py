@@ -58,7 +58,7 @@ BATCHES = {
 PRESETS = {"deit3": "imagenet21k", "dinov2": "imagenet1k"}
 GROUPS = {
     "deit3": {"deit3.mix_group_size": 64},
-    "dinov2": {"model.drop_path_group": 32, "dinov2.koleo.group_size": 32},
+    "dinov2": {"model.drop_path_group": 32, "dinov2.koleo.group_size": 32, "dinov2.mask_group_size": 64},
 }
 
 

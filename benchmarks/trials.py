@@ -15,6 +15,7 @@ _DINOV2: dict[str, Any] = {
     "model.image_size": "auto",
     "model.num_registers": 4,
     "model.drop_path_group": 10,
+    "dinov2.mask_group_size": None,  # the masks of a batch, as lightly draws them
     "optim.lr": 1e-3,  # for a batch that is a hundredth of the recipe's
     "optim.warmup_steps": "auto",
 }

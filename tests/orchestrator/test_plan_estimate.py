@@ -97,6 +97,7 @@ def test_openclip_pays_for_both_towers() -> None:
 NARROW = {  # 16 patches and 4 of a local crop, of 8 px; heads of 64 · 8 + 8 · 4 + 4 · 32 = 672 weights
     "model.size": "nano",
     "model.num_registers": 0,
+    "optim.batch_size": 64,
     "dino.head.hidden": 8,
     "dino.head.layers": 2,
     "dino.head.bottleneck": 4,

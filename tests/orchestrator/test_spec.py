@@ -122,7 +122,7 @@ def test_the_sweep_of_all_methods_can_be_made_large() -> None:
     (path,) = (path for path in SWEEPS if path.stem == "num_registers")
     large = ["model.size=base", "model.patch_size=16", "data.decode_size=224", "optim.steps=100000"]
     trials = build_plan(read_sweep(path, large)).trials
-    assert {trial.config.method for trial in trials} == set(METHODS)
+    assert {trial.config.method for trial in trials} == set(METHODS) - {"openclip"}  # it needs captions
     assert {(trial.config.preset, trial.config.model.image_size) for trial in trials} == {("short", 224)}
 
 
