@@ -22,6 +22,7 @@ from analysis.tables import Scores
 
 OUTLIERS = "tokens/last/outlier_fraction"
 LOSS = "train/loss"
+METHOD = "method"
 _MOST_METRICS = 6
 _MOST_SERIES = 4  # layer and map pictures: one for each series
 _WEIGHTS = ("teacher", "raw", "ema")  # the first of these that a trial has is what its recipe evaluates
@@ -123,20 +124,24 @@ def _metrics(frames: Frames, scores: Scores, problems: list[str]) -> Iterator[tu
 
 
 def _curves(frames: Frames, layout: _Layout) -> dict[str, list[figures.Curve]]:
-    """The training loss of all trials that are over, finished or not, by series."""
+    """The training loss of all trials that are over, finished or not: by method where it is an axis, else by series."""
     losses = frames.metrics.filter(pc.field("name") == LOSS)
     points: dict[str, list[tuple[int, float]]] = {}
     for row in losses.to_pylist():
         if np.isfinite(row["value"]):
             points.setdefault(row["trial_id"], []).append((row["step"], row["value"]))
+    axes, names = list(frames.plan.axes), axis_labels(list(frames.plan.axes))
+    others = [name for name in axes if name != METHOD]
     curves: dict[str, list[figures.Curve]] = {}
-    for label, members in layout.series.items():
+    for series, members in layout.series.items():
         for cell in members:
+            panel, label = series, _panel(cell, layout.axis)
+            if METHOD in axes:
+                panel, label = str(cell.values[METHOD]), cell_text(cell.values, others, names) if others else ""
             for trial in cell.trials:
                 if trial.trial_id in points:
                     steps, values = zip(*sorted(points[trial.trial_id]), strict=True)
-                    curve = figures.Curve(_panel(cell, layout.axis), steps, values)
-                    curves.setdefault(label, []).append(curve)
+                    curves.setdefault(panel, []).append(figures.Curve(label, steps, values))
     return curves
 
 
