@@ -116,7 +116,7 @@ class Reader:
                 name: moved(torch.from_numpy(np.asarray(self.split.targets[name])[indices]), self.device)
                 for name in names
             },
-            {name: moved(tensor, self.device) for name, tensor in self.prepare(upcoming).items()},
+            self.prepare(upcoming),
         )
 
     def _captions(self, indices: NDArray[np.int64]) -> list[str] | None:

@@ -27,7 +27,8 @@ class Batch:
 
     Attributes:
         targets: what the data set provides; `classes` is int64 [B].
-        prepared: what the method's `prepare` made of them, tensors [B, …].
+        prepared: what the method's `prepare` made of them, tensors [B, …] still on the CPU, so that `views` can
+            look at their values without waiting for the device.
         first: where the first of these images stands in the micro-batch of all ranks.
         total: images of that micro-batch; 0 stands for B.
     """

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from trainers import distributed, vit
 from trainers.config import TrialConfig
+from trainers.device import moved
 from trainers.masking import BlockMasks, requested_counts
 from trainers.method_settings import DinoV2Config
 from trainers.methods import Batch, Method, Progress, Upcoming, Views
@@ -116,11 +117,7 @@ class DinoV2(Method):
             self.ibot_center = Center((settings.ibot_head or settings.head).prototypes, settings.center_momentum)
 
     def prepare(self, upcoming: Upcoming) -> dict[str, Tensor]:
-        """Masks of the global crops of a batch: `masks` bool [B, 2, N], and where they are true.
-
-        `masked` int64 [B, n] holds the M indices into the flattened crop-major masks [2B · N] and, after them, padding;
-        `padding` [B, p, 0] has no values, but tells by its shape how many those are: so nobody has to ask the device.
-        """
+        """Masks of the global crops of a batch: `masks` bool [B, 2, N]."""
         settings, images = self.settings, len(upcoming.positions)
         if not settings.mask_probability:
             return {}
@@ -129,14 +126,8 @@ class DinoV2(Method):
         counts = self._masked_counts(upcoming.batch_size, patches, generator)
         seeds = generator.integers(2**63, size=len(counts))
         own = np.concatenate([crop * upcoming.batch_size + upcoming.positions for crop in range(NUM_GLOBAL)])
-        masks = self.block_masks(counts[own], seeds[own])
-        indices = np.flatnonzero(masks)
-        padding = -len(indices) % images
-        return {
-            "masks": torch.from_numpy(masks).view(NUM_GLOBAL, images, patches).transpose(0, 1).contiguous(),
-            "masked": torch.from_numpy(np.pad(indices, (0, padding)).reshape(images, -1)),
-            "padding": torch.empty(images, padding, 0),
-        }
+        masks = torch.from_numpy(self.block_masks(counts[own], seeds[own]))
+        return {"masks": masks.view(NUM_GLOBAL, images, patches).transpose(0, 1).contiguous()}
 
     def _masked_counts(self, batch_size: int, patches: int, generator: np.random.Generator) -> NDArray[np.int64]:
         """How many patches each global crop of the whole batch should lose, crop-major, each group balanced."""
@@ -158,9 +149,9 @@ class DinoV2(Method):
             crops = crops.model_copy(update={"num_local": 0})
         views = multicrop_views(batch, self.image_size, crops, streams, DINOV2_BLUR)
         if self.settings.mask_probability:
-            indices = batch.prepared["masked"].flatten()
-            views["masks"] = batch.prepared["masks"].transpose(0, 1).flatten(0, 1)
-            views["masked"] = indices[: len(indices) - batch.prepared["padding"].shape[1]]
+            masks = batch.prepared["masks"].transpose(0, 1).flatten(0, 1)
+            views["masks"] = moved(masks, batch.images.device)
+            views["masked"] = moved(masks.flatten().nonzero()[:, 0], batch.images.device)  # counted on the CPU
         return views
 
     def losses(self, views: Views, progress: Progress) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trainers import distributed, text
 from trainers.augment import check, draw_resized_boxes, resized_crop, standardise
 from trainers.config import TrialConfig
+from trainers.device import moved
 from trainers.method_settings import OpenCLIPConfig
 from trainers.methods import Batch, Method, Progress, Upcoming, Views, initialise_
 from trainers.streams import Streams
@@ -92,7 +93,7 @@ class OpenCLIP(Method):
         boxes = draw_resized_boxes(batch.drawn, side, streams.torch("augment"), scale=scale)[batch.own]
         unflipped = torch.zeros(len(boxes), dtype=torch.bool)
         images = standardise(resized_crop(batch.images, boxes, unflipped, self.image_size))
-        return {"images": images, "text": batch.prepared["text"]}
+        return {"images": images, "text": moved(batch.prepared["text"], batch.images.device)}
 
     def features(self, views: Views) -> Features:
         """Of the images and of their captions."""
