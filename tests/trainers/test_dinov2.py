@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.trainers.test_dinov2_losses import alternating
 from trainers import optim, vit
 from trainers.config import TrialConfig, resolve
 from trainers.methods import Batch, Progress, Upcoming, Views
@@ -85,14 +86,6 @@ def plain_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     return -(teacher * F.log_softmax(student / 0.1, dim=-1)).sum(dim=-1)
 
 
-def plain_sinkhorn(logits: Tensor, temp: float) -> Tensor:
-    matrix = torch.exp(logits.double() / temp)
-    for _ in range(3):
-        matrix = matrix / matrix.sum(dim=0, keepdim=True)
-        matrix = matrix / matrix.sum(dim=1, keepdim=True)
-    return matrix.float()
-
-
 @pytest.mark.parametrize("centering", ["sinkhorn", "softmax"])
 @pytest.mark.parametrize("heads", [{}, SHARED])
 def test_losses_are_the_official_sum_of_pairs(heads: dict[str, object], centering: str) -> None:
@@ -108,7 +101,7 @@ def test_losses_are_the_official_sum_of_pairs(heads: dict[str, object], centerin
             trained.teacher_dino_head(tokens.cls_BD),
             (teacher_of_patches or trained.teacher_dino_head)(tokens.patches_BND),
         )
-    normalise: Callable[[Tensor, float], Tensor] = plain_sinkhorn
+    normalise: Callable[[Tensor, float], Tensor] = alternating
     if centering == "softmax":  # the centre is still 0
         normalise = lambda logits, temp: torch.softmax(logits / temp, dim=-1)  # noqa: E731
     first, second = normalise(cls, temp).chunk(2)

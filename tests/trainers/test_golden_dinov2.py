@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,26 +64,16 @@ def test_sinkhorn_knopp(name: str) -> None:
             close(sinkhorn_knopp(logits, temp, iterations), golden[key])
 
 
+@pytest.mark.parametrize(("crops", "dino_loss"), [("local", dino_local_loss), ("global", dino_global_loss)])
 @pytest.mark.parametrize("normalisation", ["softmax", "sk"])
-def test_dino_loss_of_local_crops(normalisation: str) -> None:
+def test_dino_loss(normalisation: str, crops: str, dino_loss: Callable[..., torch.Tensor]) -> None:
     golden = Golden("dinov2_dino_loss")
-    student = leaf(golden["student_local"])
-    loss = dino_local_loss(student, golden[f"{normalisation}_probs"], golden["student_temp"])
-    close(loss, torch.tensor(golden[f"{normalisation}_local_loss"]))
+    student = leaf(golden[f"student_{crops}"])
+    loss = dino_loss(student, golden[f"{normalisation}_probs"], golden["student_temp"])
+    close(loss, torch.tensor(golden[f"{normalisation}_{crops}_loss"]))
     loss.backward()
     assert student.grad is not None
-    close(student.grad, golden[f"{normalisation}_grad_local"])
-
-
-@pytest.mark.parametrize("normalisation", ["softmax", "sk"])
-def test_dino_loss_of_global_crops(normalisation: str) -> None:
-    golden = Golden("dinov2_dino_loss")
-    student = leaf(golden["student_global"])
-    loss = dino_global_loss(student, golden[f"{normalisation}_probs"], golden["student_temp"])
-    close(loss, torch.tensor(golden[f"{normalisation}_global_loss"]))
-    loss.backward()
-    assert student.grad is not None
-    close(student.grad, golden[f"{normalisation}_grad_global"])
+    close(student.grad, golden[f"{normalisation}_grad_{crops}"])
 
 
 def test_weights_of_masked_patches() -> None:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,13 @@ import pytest
 import torch
 
 from tests.conftest import tiny_trial
-from trainers import checkpoint, train
+from tests.trainers.runs import run, training
+from trainers import checkpoint
 from trainers.catalog import METHODS
 from trainers.config import resolve
 from trainers.loader import Shares
 
-Reports = dict[int, dict[str, float]]
 FILES = ("token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz")
-
-
-def run(settings: Mapping[str, Any], directory: Path, cache: Path, **arguments: Any) -> tuple[train.Result, Reports]:
-    reports: Reports = {}
-    torch.set_num_threads(1)
-
-    def report(step: int, metrics: Mapping[str, float]) -> None:
-        reports.setdefault(step, {}).update(metrics)
-
-    result = train.train(resolve(settings), report, directory, cache=cache, **arguments)
-    return result, reports
-
-
-def training(settings: Mapping[str, Any], directory: Path, cache: Path) -> Any:
-    torch.set_num_threads(1)
-    directory.mkdir(exist_ok=True)
-    return train._Training(resolve(settings), directory, cache, torch.device("cpu"))
 
 
 def read_parts(one: Any, step: int) -> list[Any]:

@@ -211,9 +211,10 @@ def test_dino_on_imagenet_1k() -> None:
     assert found["optim.lr"] == pytest.approx(5e-4 * 1024 / 256)
 
 
-def test_dinov2_on_imagenet_1k_and_22k() -> None:
-    short, long = values("dinov2", "imagenet1k"), values("dinov2", "imagenet22k")
-    both = {
+@pytest.mark.parametrize("name", ["imagenet1k", "imagenet22k"])
+def test_dinov2_on_imagenet(name: str) -> None:
+    found = values("dinov2", name)
+    expected = {
         "model.size": "large",
         "model.image_size": 224,
         "model.layer_scale": 1e-5,
@@ -230,8 +231,11 @@ def test_dinov2_on_imagenet_1k_and_22k() -> None:
         "dinov2.dino_weight": 1.0,
         "dinov2.ibot_weight": 1.0,
     }
-    for found in (short, long):
-        assert {setting: found[setting] for setting in both} == both
+    assert {setting: found[setting] for setting in expected} == expected
+
+
+def test_dinov2_on_imagenet_1k() -> None:
+    short = values("dinov2", "imagenet1k")
     expected = {
         "model.patch_size": 16,
         "model.drop_path": 0.3,
@@ -253,6 +257,10 @@ def test_dinov2_on_imagenet_1k_and_22k() -> None:
     }
     assert {setting: short[setting] for setting in expected} == expected
     assert short["optim.lr"] == pytest.approx(4e-3 * math.sqrt(2048 / 1024), rel=1e-4)
+
+
+def test_dinov2_on_imagenet_22k() -> None:
+    long = values("dinov2", "imagenet22k")
     expected = {
         "model.patch_size": 14,
         "model.drop_path": 0.4,

@@ -10,26 +10,12 @@ import pytest
 import torch
 
 from tests.conftest import tiny_trial
-from trainers import distributed, loader, train
+from tests.trainers.runs import run, training
+from trainers import distributed, loader
 from trainers.catalog import METHODS
-from trainers.config import resolve
 from trainers.methods import Batch, Method, Progress
 from trainers.streams import Streams
 from trainers.tokens import table as token_table
-
-Reports = dict[int, dict[str, float]]
-
-
-def run(settings: Mapping[str, Any], directory: Path, cache: Path, **arguments: Any) -> tuple[train.Result, Reports]:
-    reports: Reports = {}
-    torch.set_num_threads(1)
-
-    def report(step: int, metrics: Mapping[str, float]) -> None:
-        reports.setdefault(step, {}).update(metrics)
-
-    result = train.train(resolve(settings), report, directory, cache=cache, **arguments)
-    return result, reports
-
 
 FULL = {"model.num_registers": 2, "model.drop_path": 0.2, "optim.ema_decay": "auto", "deit3.mixup": 0.4}
 
@@ -101,13 +87,8 @@ def test_nan_ends_as_diverged_with_the_last_good_step(tiny: dict[str, Any], tmp_
     assert {row.step for row in token_table.read(tmp_path / "token_norms.parquet")} == {4, 8}
 
 
-def trainer(settings: Mapping[str, Any], tmp_path: Path, cache: Path) -> Any:
-    torch.set_num_threads(1)
-    return train._Training(resolve(settings), tmp_path, cache, torch.device("cpu"))
-
-
 def test_another_seed_draws_other_images_and_weights(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:
-    first, second = (trainer({**tiny, "seed": seed}, tmp_path / str(seed), data_cache) for seed in (0, 1))
+    first, second = (training({**tiny, "seed": seed}, tmp_path / str(seed), data_cache) for seed in (0, 1))
     assert first.data.fingerprint == second.data.fingerprint
     orders = [loader.Order(128, 16, one.streams)(0) for one in (first, second)]
     assert not np.array_equal(*orders)
@@ -136,7 +117,7 @@ def test_mixing_in_groups_mixes_each_with_its_own_mirror_and_its_own_share(
 ) -> None:
     plain = {"deit3.crop": "none", "deit3.flip": False, "deit3.three_augment": False, "deit3.color_jitter": 0.0}
     plain |= {"deit3.cutmix": 0.0, "deit3.mixup": 1.0, "deit3.smoothing": 0.0, "deit3.mix_group_size": 4}
-    one = trainer({**tiny, **plain}, tmp_path, data_cache)
+    one = training({**tiny, **plain}, tmp_path, data_cache)
     batch = one._reader(loader.Shares(16, 16))(0)
     targets = one.method.views(batch, one.streams)["targets"]
     classes = torch.nn.functional.one_hot(batch.targets["classes"], 10).float()
@@ -167,7 +148,7 @@ def test_what_a_users_own_method_draws_from_the_global_generator_is_the_trials_t
         torch.manual_seed(number)
         before = torch.random.get_rng_state()
         settings = {**tiny, "method": f"{__name__}:Careless", "model.num_registers": registers}
-        heads.append(trainer(settings, tmp_path, data_cache).method.head.weight)
+        heads.append(training(settings, tmp_path, data_cache).method.head.weight)
         assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(heads[0], heads[1]) and torch.equal(heads[0], heads[2])
 
@@ -207,8 +188,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(
     """With views that do not draw, since micro-batches draw their own."""
     plain = {**tiny, "deit3.crop": "none", "deit3.flip": False, "deit3.three_augment": False, "deit3.cutmix": 0.0}
     plain = {**plain, "deit3.color_jitter": 0.0, "optim.optimizer": "sgd", "optim.warmup_steps": 0}
-    whole = trainer(plain, tmp_path / "a", data_cache)
-    parts = trainer({**plain, "optim.micro_batch_size": 4}, tmp_path / "b", data_cache)
+    whole = training(plain, tmp_path / "a", data_cache)
+    parts = training({**plain, "optim.micro_batch_size": 4}, tmp_path / "b", data_cache)
     for one in (whole, parts):
         shares = loader.Shares(16, one.config.optim.micro_batch_size)
         one.stepper(list(shares.parts(one._reader(shares)(0))), 0)
