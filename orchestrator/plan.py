@@ -88,7 +88,7 @@ def build_plan(sweep: Sweep) -> Plan:
             notes.append(f"the cells {_shown(known[0])} and {_shown(values)} are the same trial; the first is kept")
     notes += _without_effect(sweep, [values for values, _ in cells.values()])
     kept = list(cells.values())
-    notes += _mixed_recipes([config for _, config in kept])
+    notes += _mixed_recipes([config for _, config in kept]) + _enlarged([config for _, config in kept])
     return Plan(sweep, _trials(sweep, kept), tuple(values for values, _ in kept), tuple(notes))
 
 
@@ -101,6 +101,16 @@ def _mixed_recipes(configs: Sequence[TrialConfig]) -> list[str]:
         f"cells of {method} follow the presets {' and '.join(sorted(names))}; set trial.preset for one recipe"
         for method, names in presets.items()
         if len(names) > 1
+    ]
+
+
+def _enlarged(configs: Sequence[TrialConfig]) -> list[str]:
+    """That images are decoded to a smaller size than the model is trained on."""
+    sizes = {(config.data.decode_size, config.model.image_size) for config in configs}
+    return [
+        f"data.decode_size {decoded} is below model.image_size {size}: images are enlarged, which adds no detail"
+        for decoded, size in sorted(sizes, key=str)
+        if isinstance(decoded, int) and isinstance(size, int) and decoded < size
     ]
 
 

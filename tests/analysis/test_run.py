@@ -206,13 +206,16 @@ def test_an_empty_plan(tmp_path: Path) -> None:
 
 def test_other_axes_make_series_and_stale_pictures_go(tmp_path: Path) -> None:
     trials = [
-        Trial({"method": method, REGISTERS: count}, seed, {TOP1: 0.5 + 0.01 * seed, OUTLIERS: 0.02})
+        Trial({"method": method, REGISTERS: count}, seed, {TOP1: 0.5 + 0.01 * seed, OUTLIERS: 0.02, "train/loss": 2.0})
         for method in ("deit3", "dino")
         for count in (0, 4)
         for seed in (0, 1)
     ]
     analysis = analyse(publish(tmp_path / "s", trials, baseline=BASELINE))
     assert {"norms_by_layer_2.png", "norm_map_2.svg"} <= {path.name for path in analysis.figures}
+    losses = next(path for path in analysis.figures if path.name == "train_loss.svg").read_text()
+    for words in (">deit3<", ">dino<", ">training loss<", ">step<"):  # a panel a method
+        assert words in losses, words
     assert "deit3: 0: 50.50 %; 4: 50.50 %. dino: 0:" in analysis.report.read_text()
     again = analyse(publish(tmp_path / "s", []))
     assert again.figures == ()

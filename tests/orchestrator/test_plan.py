@@ -56,6 +56,22 @@ def test_an_axis_without_effect_anywhere_is_said() -> None:
     assert plan.notes == ("model.reg_init_std has no effect in any cell",)
 
 
+def test_an_axis_over_sizes_that_mixes_recipes_is_said() -> None:
+    sizes = {"model.size": ("nano", "tiny")}
+    plan = build_plan(sweep(trial={"model.patch_size": 8}, axes=sizes))
+    assert plan.notes == ("cells of deit3 follow the presets nano and short; set trial.preset for one recipe",)
+    assert build_plan(sweep(trial={"model.patch_size": 8, "preset": "short"}, axes=sizes)).notes == ()
+
+
+def test_images_that_are_enlarged_are_said() -> None:
+    sizes = {"data.decode_size": 16, "model.image_size": 32}
+    plan = build_plan(sweep(trial={**TINY, **sizes}))
+    assert plan.notes == (
+        "data.decode_size 16 is below model.image_size 32: images are enlarged, which adds no detail",
+    )
+    assert build_plan(sweep(trial={**TINY, "data.decode_size": 32, "model.image_size": 32})).notes == ()
+
+
 def test_two_names_for_the_same_trial_are_one_and_said() -> None:
     plan = build_plan(sweep(trial={**TINY, "optim.steps": 100}, axes={"optim.warmup_steps": ("auto", 5, 6)}))
     assert cells(plan) == [("auto",), (6,)]

@@ -201,6 +201,16 @@ class TestResolving:
             settings = resolve({**DINO, **sizes}).dino
             assert settings is not None and settings.crops.local_size == expected
 
+    def test_crops_that_are_not_blurred_may_be_smaller(self) -> None:
+        small = {**DINO, "model.patch_size": 4, "dino.crops.local_size": 4, "dino.crops.blur": False}
+        settings = resolve(small).dino
+        assert settings is not None and settings.crops.local_size == 4
+
+    def test_without_dinos_loss_there_are_no_local_crops(self) -> None:
+        both = [resolve({**DINOV2, "dinov2.dino_weight": 0, "dinov2.crops.num_local": n}) for n in (0, 8)]
+        assert trial_id(both[0]) == trial_id(both[1])
+        assert both[1].dinov2 is not None and both[1].dinov2.crops.num_local == 0
+
     def test_a_configuration_cannot_be_changed(self) -> None:
         with pytest.raises(ValidationError):
             resolve(SETTINGS).seed = 3  # type: ignore[misc]
@@ -275,6 +285,14 @@ class TestMessages:
             (
                 {**DINOV2, "dinov2.mask_probability": 0},
                 "dinov2.mask_probability is 0, so that iBOT with dinov2.ibot_weight 1.0 has nothing to predict",
+            ),
+            (
+                {**DINOV2, "model.image_size": 32, "model.patch_size": 16, "dinov2.mask_ratio": (0.1, 0.2)},
+                "dinov2.mask_ratio [0.1, 0.2] masks none of the 4 patches of an image",
+            ),
+            (
+                {**DINO, "model.patch_size": 4, "dino.crops.local_size": 4},
+                "dino.crops.local_size 4 is too small to be blurred; allowed: from 7, or dino.crops.blur false",
             ),
             (
                 {"model.init_from.file": "a.pth", "model.init_from.timm": "vit_tiny_patch16_224"},

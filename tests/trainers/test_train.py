@@ -206,6 +206,15 @@ def test_token_statistics_change_nothing(tiny: dict[str, Any], tmp_path: Path, d
     assert with_stream == without
 
 
+def test_a_rank_uses_as_many_threads_as_it_is_told(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        run({**tiny, "execution.threads": 2, "optim.steps": 0}, tmp_path, data_cache)  # which sets one thread before
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_fp16_on_a_cpu_is_refused(tiny: dict[str, Any], tmp_path: Path, data_cache: Path) -> None:
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         run({**tiny, "precision": "fp16"}, tmp_path, data_cache)

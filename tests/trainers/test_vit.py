@@ -104,6 +104,12 @@ def test_a_shape_of_its_own() -> None:
     assert ours.blocks[2].mlp.fc1.out_features == 96
 
 
+def test_the_class_token_starts_as_small_as_asked() -> None:
+    small, usual = (vit.ViT(model(cls_init_std=std), Streams(0)) for std in (1e-6, 0.02))
+    assert torch.allclose(small.cls_token * 2e4, usual.cls_token, rtol=1e-5)
+    assert 0.01 < float(usual.cls_token.detach().std()) < 0.03
+
+
 def test_registers_stand_between_class_and_patches_without_position_embedding() -> None:
     ours = vit.ViT(model(4, reg_init_std=0.5), Streams(0)).eval()
     first = next(ours.residuals(images()))
