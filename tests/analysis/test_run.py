@@ -204,6 +204,21 @@ def test_an_empty_plan(tmp_path: Path) -> None:
     assert pq.read_table(analysis.tables["ablation"]).num_rows == 0
 
 
+def test_losses_of_several_methods_stand_in_panels_of_their_own(tmp_path: Path) -> None:
+    trials = [
+        Trial({"method": method, "optim.lr": lr}, seed, {TOP1: 0.5, "train/loss": 2.0})
+        for method in ("deit3", "dino")
+        for lr in (0.1, 0.2)
+        for seed in (0, 1)
+    ]
+    analysis = analyse(publish(tmp_path / "s", trials, baseline={"optim.lr": 0.1}))
+    losses = next(path for path in analysis.figures if path.name == "train_loss.svg").read_text()
+    for words in (">deit3<", ">dino<", ">lr = 0.1<", ">lr = 0.2<", ">training loss<", ">step<"):
+        assert words in losses, words
+    texts = [image["alt"] for image in page_of(analysis).of("img") if "training loss" in image["alt"]]
+    assert len(texts) == 1 and "deit3: from" in texts[0] and "lr = 0.1: from" not in texts[0]
+
+
 def test_other_axes_make_series_and_stale_pictures_go(tmp_path: Path) -> None:
     trials = [
         Trial({"method": method, REGISTERS: count}, seed, {TOP1: 0.5 + 0.01 * seed, OUTLIERS: 0.02, "train/loss": 2.0})
@@ -213,9 +228,6 @@ def test_other_axes_make_series_and_stale_pictures_go(tmp_path: Path) -> None:
     ]
     analysis = analyse(publish(tmp_path / "s", trials, baseline=BASELINE))
     assert {"norms_by_layer_2.png", "norm_map_2.svg"} <= {path.name for path in analysis.figures}
-    losses = next(path for path in analysis.figures if path.name == "train_loss.svg").read_text()
-    for words in (">deit3<", ">dino<", ">training loss<", ">step<"):  # a panel a method
-        assert words in losses, words
     assert "deit3: 0: 50.50 %; 4: 50.50 %. dino: 0:" in analysis.report.read_text()
     again = analyse(publish(tmp_path / "s", []))
     assert again.figures == ()
