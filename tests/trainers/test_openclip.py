@@ -197,7 +197,7 @@ def test_wrong_input_is_named() -> None:
             return vit.Tokens(None, images.new_zeros(len(images), 0, 8), images.new_zeros(len(images), 4, 8))
 
     own = OpenCLIP(config(), Classless(), 0, Streams(0))
-    with pytest.raises(ValueError, match="projects the class token, which this backbone does not have"):
+    with pytest.raises(ValueError, match="learns from the class token, which this backbone does not have"):
         own.losses(own.views(batch(own), Streams(0)), PROGRESS)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainers.config import TrialConfig
 from trainers.streams import Streams
+from trainers.vit import Tokens
 
 Views = dict[str, Tensor]
 
@@ -145,6 +146,18 @@ class Method(nn.Module, ABC):
 
     def after_step(self, progress: Progress) -> None:
         """Called after each optimiser step: teacher, centre; `progress.step` is that of the step just done."""
+
+    def class_tokens(self, tokens: Tokens) -> Tensor:
+        """The class tokens [B, D].
+
+        Raises:
+            ValueError: the backbone has none.
+        """
+        if tokens.cls_BD is None:
+            raise ValueError(
+                f"method {self.config.method} learns from the class token, which this backbone does not have"
+            )
+        return tokens.cls_BD
 
     def evaluated(self) -> nn.Module:
         """The backbone that is evaluated, as the recipe says; the raw one unless a method overrides this."""

@@ -101,9 +101,7 @@ class DeiT3(Method):
 
     def losses(self, views: Views, progress: Progress) -> dict[str, Tensor]:
         """`classification`: mean over images (and, for `bce`, over classes)."""
-        cls_BD = self.backbone.tokens(views["images"]).cls_BD  # type: ignore[operator]
-        if cls_BD is None:
-            raise ValueError("method deit3 classifies the class token, which this backbone does not have")
+        cls_BD = self.class_tokens(self.backbone.tokens(views["images"]))  # type: ignore[operator]
         logits_BK = self.head(cls_BD).float()
         if self.settings.loss == "bce":
             return {"classification": F.binary_cross_entropy_with_logits(logits_BK, views["targets"])}

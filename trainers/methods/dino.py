@@ -30,10 +30,10 @@ from trainers.methods.self_distillation import (
     cross_entropy,
     move_teacher_,
     teacher_copy,
+    teacher_momentum,
     teacher_temp,
 )
 from trainers.multicrop import DINO_BLUR, NUM_GLOBAL, multicrop_views
-from trainers.schedules import cosine
 from trainers.streams import Streams
 
 
@@ -65,12 +65,13 @@ class Dino(Method):
     def losses(self, views: Views, progress: Progress) -> dict[str, Tensor]:
         """`dino`: mean over pairs of crops and over images."""
         with torch.no_grad():
-            teacher = self.teacher_head(_class_tokens([self.teacher_backbone.tokens(views["global"])])).float()  # type: ignore[operator]
+            teacher = self.teacher_head(self.class_tokens(self.teacher_backbone.tokens(views["global"]))).float()  # type: ignore[operator]
             self._batch_center_1K = teacher.mean(dim=0, keepdim=True)
             targets = sharpened(teacher, self.center_1K, teacher_temp(self.settings, progress.step))
         groups = [views[name] for name in ("global", "local") if name in views]
         crops = [NUM_GLOBAL, self.settings.crops.num_local][: len(groups)]
-        student = self.head(_class_tokens(vit.forward_groups(self.backbone, groups, crops=crops)))  # type: ignore[arg-type]
+        tokens = vit.forward_groups(self.backbone, groups, crops=crops)  # type: ignore[arg-type]
+        student = self.head(torch.cat([self.class_tokens(group) for group in tokens]))
         return {"dino": dino_loss(student, targets, self.settings.student_temp)}
 
     def before_update(self, progress: Progress) -> None:
@@ -88,29 +89,17 @@ class Dino(Method):
     @torch.no_grad()
     def after_step(self, progress: Progress) -> None:
         """Move the teacher towards the student, and the centre towards the teacher's logits of this step."""
-        settings = self.settings
-        base, final = settings.teacher_momentum, settings.teacher_momentum_end
-        momentum = cosine(progress.step, base=base, final=final, total=progress.steps)
+        momentum = teacher_momentum(self.settings, progress)
         move_teacher_(self.teacher_backbone, self.backbone, momentum)
         move_teacher_(self.teacher_head, self.head, momentum)
         assert self._batch_center_1K is not None, "a step begins with its losses"
         batch_center_1K = distributed.mean_(self._batch_center_1K)
-        self.center_1K.lerp_(batch_center_1K, 1.0 - settings.center_momentum)
+        self.center_1K.lerp_(batch_center_1K, 1.0 - self.settings.center_momentum)
         self._batch_center_1K = None
 
     def evaluated(self) -> nn.Module:
         """The teacher's backbone."""
         return self.teacher_backbone
-
-
-def _class_tokens(groups: list[vit.Tokens]) -> Tensor:
-    """[n, D] of all crops, group after group."""
-    tokens = []
-    for group in groups:
-        if group.cls_BD is None:
-            raise ValueError("method dino learns from the class token, which this backbone does not have")
-        tokens.append(group.cls_BD)
-    return torch.cat(tokens)
 
 
 def sharpened(teacher_logits: Tensor, center_1K: Tensor, temperature: float) -> Tensor:

@@ -39,10 +39,10 @@ from trainers.methods.self_distillation import (
     divided,
     move_teacher_,
     teacher_copy,
+    teacher_momentum,
     teacher_temp,
 )
 from trainers.multicrop import DINOV2_BLUR, NUM_GLOBAL, multicrop_views
-from trainers.schedules import cosine
 from trainers.streams import Streams
 
 _TOP_EXPONENT = 60.0  # e^60 · 10^12 entries is below float32's largest number, and entries e^-147 below still count
@@ -59,8 +59,7 @@ class DinoV2(Method):
     """Student and teacher, each a backbone with a head for class tokens and one for patches, or one for both.
 
     Raises:
-        ValueError: neither DINO nor iBOT is left, nothing is masked for iBOT, the backbone cannot mask, or (when a loss
-            is asked for) has no class token.
+        ValueError: the backbone cannot mask or, when a loss is asked for, has no class token.
     """
 
     accumulation: Literal["mean", "cached", "none"] = "none"
@@ -81,15 +80,7 @@ class DinoV2(Method):
         self._build_centers()
 
     def _check(self) -> None:
-        settings = self.settings
-        if not (settings.dino_weight or settings.ibot_weight):
-            raise ValueError("dinov2.dino_weight and dinov2.ibot_weight are both 0, so that nothing would be learned")
-        if settings.ibot_weight and not settings.mask_probability:
-            raise ValueError(
-                f"dinov2.mask_probability is 0, so that iBOT with dinov2.ibot_weight {settings.ibot_weight} has "
-                "nothing to predict; set dinov2.ibot_weight to 0 as well"
-            )
-        if settings.mask_probability and not hasattr(self.backbone, "add_mask_token"):
+        if self.settings.mask_probability and not hasattr(self.backbone, "add_mask_token"):
             raise ValueError(
                 f"method dinov2 masks patches, which the backbone {type(self.backbone).__name__} cannot do: it has no "
                 "add_mask_token; allowed: the built-in ViT, or dinov2.mask_probability and dinov2.ibot_weight 0"
@@ -171,7 +162,7 @@ class DinoV2(Method):
             loss = ibot_loss(student.patches, targets.patches, weights, len(views["masks"]), settings.student_temp)
             losses["ibot"] = settings.ibot_weight * loss
         if settings.koleo is not None:
-            crops = _class_tokens(tokens[0]).chunk(NUM_GLOBAL)  # two crops of one image are never neighbours
+            crops = self.class_tokens(tokens[0]).chunk(NUM_GLOBAL)  # two crops of one image are never neighbours
             terms = [koleo_loss(crop, settings.koleo.group_size) for crop in crops]
             losses["koleo"] = settings.koleo.weight * torch.stack(terms).sum()
         return losses
@@ -180,7 +171,7 @@ class DinoV2(Method):
     def _targets(self, views: Views, temp: float) -> Rows:
         """The teacher's probabilities for the global crops, of class tokens in the rows of the student's other crop."""
         tokens = cast(vit.Backbone, self.teacher_backbone).tokens(views["global"])
-        swapped = tokens._replace(cls_BD=_class_tokens(tokens).roll(len(views["global"]) // NUM_GLOBAL, dims=0))
+        swapped = tokens._replace(cls_BD=self.class_tokens(tokens).roll(len(views["global"]) // NUM_GLOBAL, dims=0))
         logits = self._logits([swapped], views, self.teacher_dino_head, self.teacher_ibot_head)
         cls = [self._probabilities(rows, self.dino_center, temp) for rows in logits.cls]
         return Rows(cls, self._probabilities(logits.patches, self.ibot_center, temp))
@@ -205,7 +196,7 @@ class DinoV2(Method):
         self, tokens: Sequence[vit.Tokens], views: Views, head: PrototypeHead | None, own: PrototypeHead | None
     ) -> Rows:
         """By `head` of class tokens, by `own` of the masked patches of the first group; without `own` in one pass."""
-        cls = [_class_tokens(group) for group in tokens] if self.settings.dino_weight else []
+        cls = [self.class_tokens(group) for group in tokens] if self.settings.dino_weight else []
         patches = tokens[0].patches_BND.flatten(0, 1)
         patches = patches.index_select(0, views["masked"]) if self.settings.ibot_weight else patches[:0]
         if own is None:
@@ -243,10 +234,7 @@ class DinoV2(Method):
 
     def after_step(self, progress: Progress) -> None:
         """Move the teacher, with a momentum that goes on a cosine from its start to its end."""
-        settings = self.settings
-        momentum = cosine(
-            progress.step, base=settings.teacher_momentum, final=settings.teacher_momentum_end, total=progress.steps
-        )
+        momentum = teacher_momentum(self.settings, progress)
         move_teacher_(self.teacher_backbone, self.backbone, momentum)
         if self.dino_head is not None and self.teacher_dino_head is not None:
             move_teacher_(self.teacher_dino_head, self.dino_head, momentum)
@@ -256,12 +244,6 @@ class DinoV2(Method):
     def evaluated(self) -> nn.Module:
         """The teacher's backbone."""
         return self.teacher_backbone
-
-
-def _class_tokens(tokens: vit.Tokens) -> Tensor:
-    if tokens.cls_BD is None:
-        raise ValueError("method dinov2 compares class tokens, which this backbone does not have")
-    return tokens.cls_BD
 
 
 def dino_local_loss(student_VBK: Tensor, teacher_2BK: Tensor, temp: float) -> Tensor:

@@ -97,9 +97,7 @@ class OpenCLIP(Method):
 
     def features(self, views: Views) -> Features:
         """Of the images and of their captions."""
-        cls_BD = self.backbone.tokens(views["images"]).cls_BD  # type: ignore[operator]
-        if cls_BD is None:
-            raise ValueError("method openclip projects the class token, which this backbone does not have")
+        cls_BD = self.class_tokens(self.backbone.tokens(views["images"]))  # type: ignore[operator]
         images_BE, texts_BE = cls_BD @ self.image_projection, text.encode(self.text, views["text"])
         return Features(F.normalize(images_BE.float(), dim=-1), F.normalize(texts_BE.float(), dim=-1))
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainers.method_settings import DinoConfig, DinoV2Config, HeadConfig
-from trainers.methods import initialise_
-from trainers.schedules import linear_then_constant
+from trainers.methods import Progress, initialise_
+from trainers.schedules import cosine, linear_then_constant
 from trainers.streams import Streams
 
 M = TypeVar("M", bound=nn.Module)
@@ -95,6 +95,12 @@ def teacher_temp(settings: DinoConfig | DinoV2Config, step: int) -> float:
     """Temperature of the teacher at a step: a linear warm-up, then constant."""
     warmup = settings.warmup_teacher_temp_steps
     return linear_then_constant(step, settings.warmup_teacher_temp, settings.teacher_temp, warmup)
+
+
+def teacher_momentum(settings: DinoConfig | DinoV2Config, progress: Progress) -> float:
+    """How much of the teacher stays after a step: on a cosine from start to end over the whole training."""
+    base, final = settings.teacher_momentum, settings.teacher_momentum_end
+    return cosine(progress.step, base=base, final=final, total=progress.steps)
 
 
 def cross_entropy(student_VMK: Tensor, teacher_MK: Tensor, temp: float) -> Tensor:
