@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from lightly.models.modules import DINOv2ProjectionHead, MaskedVisionTransformerTIMM
@@ -36,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from benchmarks import plain
 from trainers import catalog
 from trainers.config import TrialConfig
 from trainers.method_settings import DinoV2Config, HeadConfig
@@ -52,26 +52,14 @@ class Network(nn.Module):
 
     def __init__(self, config: TrialConfig) -> None:
         super().__init__()
-        shape, model = catalog.MODEL_SIZES[config.model.size], config.model
-        settings = _settings(config)
-        vit = timm.create_model(
-            "vit_tiny_patch16_224",
-            img_size=model.image_size,
-            patch_size=model.patch_size,
-            embed_dim=shape.width,
-            depth=shape.depth,
-            num_heads=shape.heads,
-            num_classes=0,
-            reg_tokens=model.num_registers,
-            init_values=model.layer_scale,
-            pos_embed="learn",
-            dynamic_img_size=True,
-        )
+        settings, width = _settings(config), catalog.MODEL_SIZES[config.model.size].width
+        registers = config.model.num_registers
+        vit = plain.timm_vit(config, num_classes=0, reg_tokens=registers, pos_embed="learn", dynamic_img_size=True)
         self.backbone = MaskedVisionTransformerTIMM(vit=vit, antialias=False, pos_embed_initialization="skip")
-        self.dino_head = _head(shape.width, settings.head)
+        self.dino_head = _head(width, settings.head)
         self.ibot_head = self.dino_head
         if settings.ibot_head is not None:
-            self.ibot_head = _head(shape.width, settings.ibot_head)
+            self.ibot_head = _head(width, settings.ibot_head)
 
     def forward(self, images: Tensor, mask: Tensor | None, head_mask: Tensor | None) -> tuple[Tensor, Tensor, Any]:
         """Class tokens, their logits, and logits of the tokens in `head_mask`; those in `mask` are hidden."""

@@ -34,17 +34,8 @@ class Loop:
     """Model and optimiser of a trial's configuration, stepped by hand on batches (images float32, targets)."""
 
     def __init__(self, config: TrialConfig, num_classes: int, batches: Batches) -> None:
-        shape, model, optim = catalog.MODEL_SIZES[config.model.size], config.model, config.optim
-        self.model = timm.create_model(
-            "vit_tiny_patch16_224",
-            img_size=model.image_size,
-            patch_size=model.patch_size,
-            embed_dim=shape.width,
-            depth=shape.depth,
-            num_heads=shape.heads,
-            num_classes=num_classes,
-            init_values=model.layer_scale,
-        ).train()
+        optim = config.optim
+        self.model = timm_vit(config, num_classes=num_classes).train()
         groups = param_groups_weight_decay(self.model, optim.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
         self.batches = batches
@@ -63,6 +54,21 @@ class Loop:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return time.perf_counter() - started
+
+
+def timm_vit(config: TrialConfig, **changes: Any) -> Any:
+    """timm's Vision Transformer of a trial's shape, and with what `changes` says besides."""
+    shape, model = catalog.MODEL_SIZES[config.model.size], config.model
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=model.image_size,
+        patch_size=model.patch_size,
+        embed_dim=shape.width,
+        depth=shape.depth,
+        num_heads=shape.heads,
+        init_values=model.layer_scale,
+        **changes,
+    )
 
 
 def synthetic(config: TrialConfig, num_classes: int) -> Batches:

@@ -93,6 +93,17 @@ class Small:
 ORCHESTRATE = [sys.executable, "-c", "from orchestrator.cli import main; main()"]
 
 
+def imported_by(arguments: Sequence[str], packages: Sequence[str]) -> str:
+    """Which of `packages` the command line with these arguments imports, as Python writes a list."""
+    code = (
+        f"import sys; sys.argv = ['orchestrate', *{list(arguments)!r}]\n"
+        "from orchestrator.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {list(packages)!r} if name in sys.modules])"
+    )
+    return run([ORCHESTRATE[0], "-c", code]).stdout.strip().splitlines()[-1]
+
+
 def run(command: Sequence[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Run a command line of ours with output captured."""
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment())

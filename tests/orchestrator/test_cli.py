@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.orchestrator.sweeps import ORCHESTRATE, Small, environment, run
+from tests.orchestrator.sweeps import ORCHESTRATE, Small, environment, imported_by, run
 
 
 def test_help_names_every_command() -> None:
@@ -23,15 +23,8 @@ def test_help_names_every_command() -> None:
 
 def test_help_and_plan_import_nothing_heavy(tmp_path: Path) -> None:
     Small(tmp_path).write()
-    for arguments in ("'--help'", f"'plan', {str(tmp_path / 'small.yaml')!r}"):
-        code = (
-            f"import sys; sys.argv = ['orchestrate', {arguments}]\n"
-            "from orchestrator.cli import main\n"
-            "try:\n    main()\nexcept SystemExit:\n    pass\n"
-            "print([n for n in ('torch', 'ray', 'mlflow', 'timm', 'matplotlib', 'pandas') if n in sys.modules])"
-        )
-        done = run([ORCHESTRATE[0], "-c", code])
-        assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+    for arguments in (["--help"], ["plan", str(tmp_path / "small.yaml")]):
+        assert imported_by(arguments, ("torch", "ray", "mlflow", "timm", "matplotlib", "pandas")) == "[]"
 
 
 def test_plan_says_what_is_new_and_what_it_costs(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from orchestrator.attempt import Job, Outcome, run_attempt
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
-from tests.orchestrator.sweeps import ORCHESTRATE, Small, run
+from tests.orchestrator.sweeps import ORCHESTRATE, Small, imported_by, run
 from trainers import checkpoint, vit
 from trainers.config import TrialConfig
 from trainers.streams import Streams
@@ -153,15 +153,8 @@ def test_a_trial_adopted_from_another_sweep_is_exported_from_there(
 
 
 def test_neither_help_nor_a_wrong_name_imports_torch(tmp_path: Path) -> None:
-    for arguments in ("'--help'", f"'nothing', '--storage', {str(tmp_path)!r}"):
-        code = (
-            f"import sys; sys.argv = ['orchestrate', 'export', {arguments}]\n"
-            "from orchestrator.cli import main\n"
-            "try:\n    main()\nexcept SystemExit:\n    pass\n"
-            "print([n for n in ('torch', 'ray', 'timm') if n in sys.modules])"
-        )
-        done = run([ORCHESTRATE[0], "-c", code])
-        assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+    for arguments in (["export", "--help"], ["export", "nothing", "--storage", str(tmp_path)]):
+        assert imported_by(arguments, ("torch", "ray", "timm")) == "[]"
 
 
 def test_a_trial_starts_from_another_ones_step_wherever_their_storage_is(trained: Planned, tmp_path: Path) -> None:
