@@ -147,6 +147,8 @@ class _Run:
     def execute(self) -> int:
         options, layout = self.options, self.layout
         pending = self._prepare()
+        if options.address is None:  # another machine may have what this one lacks
+            _check_starting_points(pending, layout.storage)
         with self._tracking() as sink:
             if pending:
                 self._train(pending, sink.notify)
@@ -345,6 +347,27 @@ def _check_own_parts(plan: Plan) -> None:
         named |= {config.method, config.data.train, config.model.factory or "", *config.evaluation.probes}
     for path in sorted(filter(is_dotted_path, named)):
         load(path)
+
+
+def _check_starting_points(pending: Sequence[PlannedTrial], storage: Path) -> None:
+    """That the weights which trials are to start from are there, before any trial begins.
+
+    Raises:
+        ValueError: a file or a step of another trial is not.
+    """
+    for trial in pending:
+        init = trial.config.model.init_from
+        if init is None:
+            continue
+        if init.file is not None and not Path(init.file).expanduser().is_file():
+            raise ValueError(f"{trial.name}: model.init_from.file {init.file} is not there")
+        if init.trial is not None:
+            root = Path(trial.config.execution.trials_root or storage)
+            if not any(root.glob(f"**/trials/{init.trial}/**/step_{init.step:09d}.pt")):
+                raise ValueError(
+                    f"{trial.name}: trial {init.trial} under {root} keeps no checkpoint of step {init.step}; name the "
+                    "step in its execution.keep_steps before it trains"
+                )
 
 
 def _data_key(trial: PlannedTrial) -> str:

@@ -312,6 +312,9 @@ def _resample_position_(tensors: dict[str, Tensor], backbone: ViT) -> list[str]:
 
 
 def _refuse_misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], missing: set[str], source: str) -> None:
+    theirs, ours = _shape_of(tensors), _shape_of(own)
+    if theirs != ours:  # every single tensor would say the same
+        raise ValueError(f"{source}: {theirs} do not fit the model's {ours}; see model.size and model.patch_size")
     unexpected = tensors.keys() - own.keys()
     faults = []
     counts = [group["reg_token"].shape[1] if "reg_token" in group else 0 for group in (tensors, own)]
@@ -329,8 +332,7 @@ def _refuse_misfits(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], mi
         deciding = {setting for p, setting in _DECIDE.items() for name in {*missing, *unexpected} if re.search(p, name)}
         faults += [f"see {', '.join(sorted(deciding))}"] if deciding else []
         listed = "; ".join(dict.fromkeys(faults))
-        sizes = f"{_shape_of(tensors)} do not fit the model's {_shape_of(own)}"
-        raise ValueError(f"{source}: {sizes}: {listed}")
+        raise ValueError(f"{source}: do not fit the model: {listed}")
 
 
 def _shape_of(tensors: Mapping[str, Tensor]) -> str:

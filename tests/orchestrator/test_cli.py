@@ -99,3 +99,21 @@ def _post(url: str, body: dict[str, object]) -> dict[str, list[dict[str, dict[st
         except (urllib.error.URLError, ConnectionError):
             assert time.monotonic() < deadline, "the server did not come up"
             time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["file=/nowhere/w.pth"], "model.init_from.file /nowhere/w.pth is not there"),
+        (["trial='0123456789abcdef'", "step=4"], "keeps no checkpoint of step 4; name the step in its execution.keep_"),
+    ],
+)
+def test_weights_to_start_from_that_are_not_there_are_said_before_any_trial(
+    tmp_path: Path, settings: list[str], message: str
+) -> None:
+    small = Small(tmp_path)
+    given = [part for setting in settings for part in ("--set", f"model.init_from.{setting}")]
+    done = run([*ORCHESTRATE, "sweep", str(small.write()), "--storage", str(small.storage), *given])
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("attempts"))

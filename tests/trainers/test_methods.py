@@ -82,7 +82,7 @@ def test_trials_that_differ_in_registers_share_weights_and_every_random_draw(
     plain = training(tiny_trial(method), tmp_path / "0", data_cache)
     initial = {name: value.clone() for name, value in plain.method.state_dict().items()}
     seen = _views_of_steps(plain)
-    for registers in (1, 4, 16):
+    for registers in (1, 2, 4, 8, 16):
         other = training(tiny_trial(method, model__num_registers=registers), tmp_path / str(registers), data_cache)
         state = other.method.state_dict()
         assert {name.rpartition(".")[2] for name in set(state) - set(initial)} == {"reg_token"}

@@ -234,20 +234,29 @@ def test_half_precision_is_widened() -> None:
 
 
 def test_a_checkpoint_of_another_architecture_is_one_clear_message() -> None:
-    other = vit.ViT(resolve({"model": {"size": "tiny", "image_size": 32, "layer_scale": 0.1}}).model, Streams(0))
-    ours, before = backbone(pre_norm=True), backbone(pre_norm=True).state_dict()
+    other = vit.ViT(resolve({"model": {"size": "tiny", "image_size": 32}}).model, Streams(0))
+    ours, before = backbone(), backbone().state_dict()
     with pytest.raises(ValueError) as caught:
         load_into(ours, converted(other.state_dict()), "w.pth")
+    assert str(caught.value) == (
+        "w.pth (layout timm): 12 blocks of width 192 and patch size 16 do not fit the model's 4 blocks of width 64 and "
+        "patch size 8; see model.size and model.patch_size"
+    )
+    assert_holds(ours, before)
+
+
+def test_of_the_same_shape_everything_that_does_not_fit_is_said_at_once() -> None:
+    weights = state(layer_scale=0.1)
+    weights["norm.weight"] = torch.ones(32)
+    ours, before = backbone(pre_norm=True), backbone(pre_norm=True).state_dict()
+    with pytest.raises(ValueError) as caught:
+        load_into(ours, converted(weights), "w.pth")
     message = str(caught.value)
     assert message.startswith(
-        "w.pth (layout timm): 12 blocks of width 192 and patch size 16 do not fit the model's 4 blocks of width 64 and "
-        "patch size 8: missing: norm_pre.bias, norm_pre.weight; unexpected: "
+        "w.pth (layout timm): do not fit the model: missing: norm_pre.bias, norm_pre.weight; unexp"
     )
-    assert "blocks.*.ls1.gamma (12)" in message and "blocks.*.mlp.fc1.weight (8)" in message
-    assert "patch_embed.proj.weight is (192, 3, 16, 16) where the model has (64, 3, 8, 8)" in message
-    assert message.count("blocks.*.attn.qkv.weight is (576, 192) where the model has (192, 64)") == 1
-    assert message.endswith("see model.layer_scale, model.pre_norm")
-    assert "\n" not in message and len(message) < 3000
+    assert "blocks.*.ls1.gamma (4)" in message and "norm.weight is (32,) where the model has (64,)" in message
+    assert message.endswith("see model.layer_scale, model.pre_norm") and "\n" not in message
     assert_holds(ours, before)
 
 
