@@ -87,5 +87,5 @@ class _ProbeSide:
 
     def __call__(self) -> float:
         started = time.perf_counter()
-        self._evaluation.token_rows(self._backbone, "raw", 0)
+        self._evaluation.token_rows(self._evaluation.subject(self._backbone, 0), "raw")
         return time.perf_counter() - started

@@ -19,7 +19,11 @@ from orchestrator.layout import TrialLayout
 from orchestrator.ledger import Ledger, TrialRow
 from trainers.files import write_whole
 
-RECORDS = ("token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz")
+# Patterns of what a trial leaves, relative to its folder, besides checkpoints and logs.
+RECORDS = (
+    *("token_norms.parquet", "token_statistics.parquet", "probes.parquet", "per_image.parquet"),
+    *("*.npz", "attention/*.png"),
+)
 _PACKAGES = ("torch", "torchvision", "timm", "ray", "numpy", "pyarrow")
 
 
@@ -56,9 +60,12 @@ def copy_records(source: TrialLayout, target: TrialLayout) -> None:
 
 
 def _publish_files(source: Path, target: Path) -> None:
-    for path in [source / name for name in RECORDS]:
-        if path.is_file():
-            write_whole(target / path.name, path.read_bytes())
+    for path in _records_in(source):
+        write_whole(target / path.relative_to(source), path.read_bytes())
+
+
+def _records_in(folder: Path) -> list[Path]:
+    return sorted(path for pattern in RECORDS for path in folder.glob(pattern) if path.is_file())
 
 
 def result(
@@ -136,7 +143,7 @@ def forget(layout: TrialLayout) -> None:
     The result goes first: without it, what is left counts as not published.
     """
     layout.result.unlink(missing_ok=True)
-    for path in (layout.metrics, *(layout.root / name for name in RECORDS)):
+    for path in (layout.metrics, *_records_in(layout.root)):
         path.unlink(missing_ok=True)
     for folder in layout.checkpoint_folders():
         shutil.rmtree(folder, ignore_errors=True)

@@ -21,4 +21,5 @@ def test_the_histogram_grid_is_the_documented_one() -> None:
 
 
 def test_what_a_trial_writes_is_what_is_published() -> None:
-    assert set(publish.RECORDS) == {"token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz"}
+    tables = {"token_norms.parquet", "token_statistics.parquet", "probes.parquet", "per_image.parquet"}
+    assert set(publish.RECORDS) == {*tables, "*.npz", "attention/*.png"}

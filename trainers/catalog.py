@@ -48,6 +48,19 @@ class ProbeEntry:
     needs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class MeasurementEntry:
+    """What is measured of tokens besides their norms: where it is, and whether at every evaluation or only at the end.
+
+    `section` is the field of TokensConfig with its settings; None where it has none.
+    """
+
+    build: str  # "module:function", called as described in trainers/measurement.py
+    every: bool
+    section: str | None = None
+    needs: tuple[str, ...] = ()
+
+
 MODEL_SIZES = {
     "nano": ModelSize(width=64, depth=4, heads=2),  # ours, for tests and the quickstart
     "tiny": ModelSize(width=192, depth=12, heads=3),
@@ -100,6 +113,34 @@ DATASETS = {
 PROBES = {
     "linear": ProbeEntry(build="trainers.probes.linear:fit", needs=("classes",)),
     "knn": ProbeEntry(build="trainers.probes.knn:fit", needs=("classes",)),
+}
+
+
+MEASUREMENTS = {
+    # where outliers are, image by image and on the grid; registers among themselves
+    "location": MeasurementEntry(build="trainers.tokens.location:measure", every=True),
+    # massive activations, kurtosis over channels
+    "channels": MeasurementEntry(build="trainers.tokens.channels:measure", every=True),
+    # attention on outliers, registers and itself, by head; attention maps
+    "attention": MeasurementEntry(build="trainers.tokens.attention:measure", every=True),
+    # how alike tokens of the last layer are: class and patches, neighbours, registers
+    "similarity": MeasurementEntry(build="trainers.tokens.similarity:measure", every=True),
+    # how alike outliers were to their neighbours when they entered
+    "neighbors": MeasurementEntry(build="trainers.tokens.neighbors:measure", every=True),
+    # whether outliers follow content or position
+    "recurrence": MeasurementEntry(build="trainers.tokens.recurrence:measure", every=False, section="recurrence"),
+    # what patch tokens know of their own position and pixels
+    "locality": MeasurementEntry(build="trainers.probes.locality:measure", every=False, section="locality"),
+    # what one token knows of the whole image
+    "single_token": MeasurementEntry(
+        build="trainers.probes.single_token:measure", every=False, section="single_token", needs=("classes",)
+    ),
+    # registers or outliers replaced, and what becomes of every metric
+    "interventions": MeasurementEntry(build="trainers.interventions:measure", every=False, section="interventions"),
+    # outliers moved to a token that is added after training
+    "test_time_registers": MeasurementEntry(
+        build="trainers.test_time_registers:measure", every=False, section="test_time_registers"
+    ),
 }
 
 

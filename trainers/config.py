@@ -21,6 +21,7 @@ from trainers.method_settings import HeadConfig as HeadConfig  # for planning, w
 from trainers.method_settings import OpenCLIPConfig as OpenCLIPConfig
 from trainers.section import LISTED, ONCE, Section, known, rising
 from trainers.settle import settle
+from trainers.token_settings import TokensConfig as TokensConfig
 
 MAX_REGISTERS = 16  # the largest count in the paper (Fig. 8)
 
@@ -44,6 +45,12 @@ AS_BEFORE: Mapping[str, object] = {
     "optim.layer_decay": 1.0,
     "optim.patch_embed_lr_scale": 1.0,
     "deit3.repeats": 1,
+    # Measuring more changes nothing that is trained: trials that finished before these existed lack their numbers.
+    "tokens.detail_images": 64,
+    "tokens.outlier_rule": "mad",
+    "tokens.outlier_norm": 150.0,
+    "tokens.outlier_layer": -1,
+    "tokens.measurements": ("channels",),
 }
 
 _NOT_IN_IDENTITY = ("preset", "execution")
@@ -219,13 +226,6 @@ class OptimConfig(Section):
     )
 
 
-class TokensConfig(Section):
-    """Norm statistics of class, register and patch tokens."""
-
-    probe_images: int = Field(256, ge=1, le=65_536, description="images of the fixed probe batch")
-    training_stream: bool = Field(True, description="also accumulate histograms on the training batches")
-
-
 class LinearConfig(Section):
     """Linear classification on frozen features, the official DINOv2 grid of learning rates, all heads at once."""
 
@@ -394,7 +394,8 @@ def is_execution(name: str) -> bool:
 def identity(config: TrialConfig) -> dict[str, Any]:
     """What a trial computes: all dotted settings but those of its execution, nulls, and those that mean "as before"."""
     flat = flatten(config.model_dump(mode="json"))
-    kept = {k: v for k, v in flat.items() if not is_execution(k) and v is not None and AS_BEFORE.get(k) != v}
+    before = {name: list(value) if isinstance(value, tuple) else value for name, value in AS_BEFORE.items()}
+    kept = {k: v for k, v in flat.items() if not is_execution(k) and v is not None and before.get(k) != v}
     return {k: 0.0 if v == 0.0 and isinstance(v, float) else v for k, v in kept.items()}  # -0.0 is 0.0
 
 

@@ -36,6 +36,7 @@ def conflicts(config: TrialConfig) -> Iterator[Conflict]:
     yield from _crops(config)
     yield from _parts_of_methods(config)
     yield from _missing_parts(config)
+    yield from _missing_measurements(config)
     yield from _unmet_needs(config)
 
 
@@ -172,6 +173,14 @@ def _missing_parts(config: TrialConfig) -> Iterator[Conflict]:
             yield f"evaluation.{probe} is null; evaluation.probes names it", ("evaluation.probes",)
 
 
+def _missing_measurements(config: TrialConfig) -> Iterator[Conflict]:
+    """Measurements that are named have their settings."""
+    for name in config.tokens.measurements:
+        entry = catalog.MEASUREMENTS.get(name)
+        if entry is not None and entry.section is not None and getattr(config.tokens, entry.section) is None:
+            yield f"tokens.{entry.section} is null; tokens.measurements names it", ("tokens.measurements",)
+
+
 def _unmet_needs(config: TrialConfig) -> Iterator[Conflict]:
     """What the method and the probes need and the data set does not provide."""
     provided = catalog.provides(config.data.train)
@@ -190,4 +199,11 @@ def _unmet_needs(config: TrialConfig) -> Iterator[Conflict]:
                 yield (
                     f"probe {probe} needs {need}; data.train {config.data.train} provides {', '.join(provided)}",
                     ("evaluation.probes", "data.train"),
+                )
+    for name in config.tokens.measurements:
+        for need in catalog.MEASUREMENTS[name].needs if name in catalog.MEASUREMENTS else ():
+            if need not in provided:
+                yield (
+                    f"measurement {name} needs {need}; data.train {config.data.train} provides {', '.join(provided)}",
+                    ("tokens.measurements", "data.train"),
                 )

@@ -1,34 +1,32 @@
-"""What is measured of a backbone during training and at its end: probes, token norms, per-image results."""
+"""What is measured of a backbone during training and at its end: probes, token norms, measurements, and their files."""
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from trainers import catalog, probes, vit
-from trainers.augment import evaluation_view
-from trainers.config import EvaluationConfig, TrialConfig, trial_id
-from trainers.data import DataSet, Split
-from trainers.dotted import Loaded, load
+from trainers import catalog
+from trainers.config import ModelConfig, TrialConfig, trial_id
+from trainers.data import DataSet
+from trainers.dotted import load
 from trainers.files import write_whole
-from trainers.probes.features import Features, evaluating, extract, training_subset
+from trainers.measurement import Arrays, Measurement, Metric, PerImage, Picture, Statistic, Subject
+from trainers.probes.fitted import PREFIXES, FittedProbes, Probes
 from trainers.streams import Streams
 from trainers.tokens.norms import NormRow, probe_rows
+from trainers.tokens.statistics import StatisticRow
 
 _MAP_IMAGES = 8  # images whose last-layer norm maps are kept
-_PROBE_CHUNK = 64  # images of the probe batch at a time
-
-_PREFIXES = {"validation": "val", "test": "test"}  # of metrics
 
 _PER_IMAGE = pa.schema(
     [
@@ -42,80 +40,113 @@ _PER_IMAGE = pa.schema(
 _PROBES = pa.schema([("trial_id", pa.string()), ("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
 
 
+@dataclass
+class Findings:
+    """What the measurements of one evaluation gave, besides files."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    statistics: list[StatisticRow] = field(default_factory=list)
+
+
 class Evaluation:
-    """Evaluates backbones of one trial, always on the same images, in float32 and eval mode."""
+    """Evaluates backbones of one trial, always on the same images, in float32 and eval mode.
 
-    def __init__(self, config: TrialConfig, data: DataSet, streams: Streams, device: torch.device) -> None:
-        assert isinstance(config.model.image_size, int), "the configuration is not resolved"
-        self._config = config
-        self._data = data
-        self._streams = streams
-        self._device = device
-        self._view = functools.partial(evaluation_view, image_size=config.model.image_size)
+    Args:
+        config: of the trial.
+        data: its data set.
+        streams: of the trial; evaluation draws from none that training draws from.
+        device: where backbones are.
+        model: the backbone's settings, where its weights decide them; else those of `config`.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        data: DataSet,
+        streams: Streams,
+        device: torch.device,
+        model: ModelConfig | None = None,
+    ) -> None:
+        self._config, self._data, self._streams, self._device = config, data, streams, device
+        self._model = model or config.model
+        assert isinstance(self._model.image_size, int), "the configuration is not resolved"
         self._trial_id = trial_id(config)
-        self._num_classes = len(data.class_names)
+        self._per_image: dict[tuple[str, str], NDArray[np.floating]] = {}  # by split and metric
+        self.probes = Probes(config.evaluation, data, self._model.image_size, streams, device)
 
-    def score(self, backbone: nn.Module, splits: Sequence[str], directory: Path) -> dict[str, float]:
-        """Probe metrics `val/…` and `test/…` of a backbone, for probes that learn once from training images.
+    def subject(self, backbone: nn.Module, step: int, fitted: FittedProbes | None = None) -> Subject:
+        """`backbone` as measurements see it."""
+        return Subject(
+            backbone=backbone,
+            model=self._model,
+            tokens=self._config.tokens,
+            data=self._data,
+            device=self._device,
+            streams=self._streams,
+            step=step,
+            probes=self.probes,
+            fitted=fitted,
+        )
 
-        Per-image results of the test set are published in `directory` as per_image.parquet.
-        """
-        subset = training_subset(len(self._data.train), self._config.evaluation.train_images)
-        train_features = self._features(backbone, self._data.train, subset)
-        fitted = [
-            fit(train_features, getattr(self._config.evaluation, name, None), self._streams, self._num_classes)
-            for name, fit in _fits(self._config.evaluation)
-        ]
+    def score(self, backbone: nn.Module, fitted: FittedProbes, splits: Sequence[str]) -> dict[str, float]:
+        """Probe metrics `val/…` and `test/…` of a backbone; per-image results of the test set are kept for the end."""
         metrics: dict[str, float] = {}
         for split in splits:
-            features = self._features(backbone, getattr(self._data, split), None)
-            predicted: dict[str, Tensor] = {}
-            for probe in fitted:
-                predicted |= probe.predict(features)  # type: ignore[attr-defined]
-            prefix = _PREFIXES[split]
-            metrics |= {f"{prefix}/{name}": value for name, value in probes.top1(predicted, features.classes)}
+            scores = fitted.score(backbone, split)
+            metrics |= scores.metrics
             if split == "test":
-                self._write_per_image(probes.correct(predicted, features.classes), prefix, directory)
+                prefix = PREFIXES[split]
+                self._per_image |= {(prefix, name): right.double().numpy() for name, right in scores.correct.items()}
         return metrics
 
-    def _features(self, backbone: nn.Module, split: Split, indices: NDArray[np.int64] | None) -> Features:
-        classes = np.asarray(split.targets["classes"])
-        return extract(backbone, split.images, classes, self._view, device=self._device, indices=indices)
-
-    def token_rows(self, backbone: nn.Module, weights: str, step: int) -> list[NormRow]:
+    def token_rows(self, subject: Subject, weights: str) -> list[NormRow]:
         """Exact norm statistics of the probe batch, the first validation images."""
-        norms_LBT, class_token = self.probe_norms(backbone, self._config.tokens.probe_images)
+        norms_LBT, class_token = subject.norms
         return probe_rows(
             norms_LBT,
-            self._config.model.num_registers,
+            subject.num_registers,
             trial_id=self._trial_id,
-            step=step,
+            step=subject.step,
             weights=weights,
             class_token=class_token,
         )
 
-    @torch.no_grad()
-    def probe_norms(self, backbone: nn.Module, count: int) -> tuple[NDArray[np.float32], bool]:
-        """Norms float32 [L + 1, B, T] of the first `count` validation images; whether T begins with a class token."""
-        images = self._data.validation.images[:count]
-        model, device = cast(vit.Backbone, backbone), self._device
-        with evaluating(backbone):
-            parts = []
-            for part in np.array_split(images, max(1, -(-len(images) // _PROBE_CHUNK))):
-                norms_LBT, class_token = vit.token_norms(model, self._view(torch.from_numpy(np.array(part)).to(device)))
-                parts.append(norms_LBT)
-        return np.asarray(torch.cat(parts, dim=1).cpu().numpy()), class_token
+    def measure(self, subject: Subject, weights: str, directory: Path, *, at_end: bool) -> Findings:
+        """Runs `tokens.measurements`, those that are due, in their order; at the end their files are published."""
+        found = Findings()
+        for name in self._config.tokens.measurements:
+            entry = catalog.MEASUREMENTS.get(name)
+            if not (at_end or (entry is not None and entry.every)):
+                continue
+            measure = cast(Measurement, load(name if entry is None else entry.build))
+            settings = getattr(subject.tokens, entry.section) if entry is not None and entry.section else None
+            for finding in measure(subject, settings):
+                if isinstance(finding, Metric):
+                    found.metrics[finding.name] = float(finding.value)
+                elif isinstance(finding, Statistic):
+                    found.statistics.append(self._row(finding, weights, subject.step))
+                elif at_end:
+                    self._keep(finding, directory)
+        return found
 
-    def write_norm_map(self, backbone: nn.Module, directory: Path) -> None:
+    def _row(self, finding: Statistic, weights: str, step: int) -> StatisticRow:
+        place = (finding.layer, finding.head, finding.token)
+        return StatisticRow(self._trial_id, step, weights, finding.name, *place, float(finding.value))
+
+    def _keep(self, finding: PerImage | Arrays | Picture, directory: Path) -> None:
+        if isinstance(finding, PerImage):
+            self._per_image[PREFIXES["validation"], finding.name] = finding.values
+        elif isinstance(finding, Arrays):
+            _write_arrays(finding.arrays, directory / f"{finding.name}.npz")
+        else:
+            write_whole(directory / "attention" / f"{finding.name}.png", finding.png)
+
+    def write_norm_map(self, subject: Subject, directory: Path) -> None:
         """Publish norm_map.npz: a few probe images and the norms of their last-layer patches on the grid."""
-        images = np.array(self._data.validation.images[:_MAP_IMAGES])
-        norms_LBT, class_token = self.probe_norms(backbone, len(images))
-        patches = norms_LBT[-1, :, int(class_token) + self._config.model.num_registers :]
-        side = round(patches.shape[1] ** 0.5)
-        buffer = io.BytesIO()
-        grid = patches.reshape(len(images), side, side)
-        np.savez_compressed(buffer, images=images, norms=grid, layer=np.int64(len(norms_LBT) - 1))
-        write_whole(directory / "norm_map.npz", buffer.getvalue())
+        images = np.array(subject.probe_images(_MAP_IMAGES))
+        layers, norms = len(subject.norms[0]), subject.patch_norms()[: len(images)]
+        grid = norms.reshape(len(images), *subject.grid)
+        _write_arrays({"images": images, "norms": grid, "layer": np.int64(layers - 1)}, directory / "norm_map.npz")
 
     def write_probes(self, history: list[tuple[int, dict[str, float]]], directory: Path) -> None:
         """Publish probes.parquet: every probe metric of every evaluation."""
@@ -127,27 +158,28 @@ class Evaluation:
         ]
         _write_table(pa.Table.from_pylist(kept, schema=_PROBES), directory / "probes.parquet")
 
-    def _write_per_image(self, correct: dict[str, Tensor], split: str, directory: Path) -> None:
+    def write_per_image(self, directory: Path) -> None:
+        """Publish per_image.parquet: what was measured image by image at the end."""
         tables = [
             pa.table(
                 {
-                    "trial_id": [self._trial_id] * len(right),
-                    "split": [split] * len(right),
-                    "metric": [f"{split}/{metric}"] * len(right),
-                    "index": np.arange(len(right)),
-                    "value": right.double().numpy(),
+                    "trial_id": [self._trial_id] * len(values),
+                    "split": [split] * len(values),
+                    "metric": [metric] * len(values),
+                    "index": np.arange(len(values)),
+                    "value": np.asarray(values, np.float64),
                 },
                 schema=_PER_IMAGE,
             )
-            for metric, right in sorted(correct.items())
+            for (split, metric), values in sorted(self._per_image.items())
         ]
         _write_table(pa.concat_tables(tables) if tables else _PER_IMAGE.empty_table(), directory / "per_image.parquet")
 
 
-def _fits(evaluation: EvaluationConfig) -> Iterator[tuple[str, Loaded]]:
-    for name in evaluation.probes:
-        path = catalog.PROBES[name].build if name in catalog.PROBES else name
-        yield name, load(path)
+def _write_arrays(arrays: Mapping[str, Any], path: Path) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def _write_table(table: pa.Table, path: Path) -> None:

@@ -35,6 +35,7 @@ def settle(config: TrialConfig) -> Values:
     for name in catalog.PROBES:
         if name not in config.evaluation.probes:
             values["evaluation"][name] = None
+    _tokens(values["tokens"])
     _methods(config, values)
     return values
 
@@ -91,6 +92,16 @@ def _optimiser(optim: Values) -> None:
         optim["decay_tokens"] = optim["decay_registers"] = None
     else:
         _default(optim, "decay_tokens", "none")
+
+
+def _tokens(tokens: Values) -> None:
+    for name, entry in catalog.MEASUREMENTS.items():
+        if entry.section is not None and name not in tokens["measurements"]:
+            tokens[entry.section] = None
+    if tokens["outlier_rule"] != "fixed":
+        tokens["outlier_norm"] = None
+    else:
+        _default(tokens, "outlier_norm", 150.0)
 
 
 def _methods(config: TrialConfig, values: Values) -> None:

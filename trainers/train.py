@@ -24,11 +24,14 @@ from trainers.data import open_data
 from trainers.dotted import load
 from trainers.evaluate import Evaluation
 from trainers.loader import CAPTIONS, TARGETS, Order, Reader, Shares, batches
+from trainers.measurement import Subject
 from trainers.methods import Method
 from trainers.step import Stepper
 from trainers.streams import Streams
+from trainers.tokens import statistics as token_statistics
 from trainers.tokens import table as token_table
-from trainers.tokens.norms import NormRow, last_layer_metrics
+from trainers.tokens.norms import NormRow, last_layer_metrics, onset_step
+from trainers.tokens.statistics import StatisticRow
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ def train(
     Args:
         config: as `trainers.config.resolve` returns it.
         report: called with (step, {name: value}); after a resume also for what earlier attempts reported.
-        directory: receives token_norms.parquet, probes.parquet, per_image.parquet, norm_map.npz and checkpoints/.
+        directory: receives token_norms.parquet, token_statistics.parquet, probes.parquet, per_image.parquet,
+            norm_map.npz, what measurements leave (NAME.npz, attention/NAME.png), and checkpoints/.
         cache: folder of decoded data sets, on a local disk; default is beside `directory`.
         resume_from: folders in which to look for the newest whole checkpoint, besides `directory`'s own.
         should_stop: asked at every step; an answer ends training there with a checkpoint and that status. With
@@ -119,6 +123,8 @@ class _Training:
         self.step = 0
         self.history: list[tuple[int, dict[str, float]]] = []
         self.rows: list[NormRow] = []
+        self.statistics: list[StatisticRow] = []
+        self.subject: Subject | None = None  # of the newest evaluation
         self._images, self._seconds = 0, 0.0
         self._last_good = 0  # the last step whose loss was looked at and finite
 
@@ -224,14 +230,20 @@ class _Training:
     def _measure(self, splits: tuple[str, ...]) -> dict[str, float]:
         name = catalog.METHODS[self.config.method].weights if self.config.method in catalog.METHODS else "raw"
         evaluated, ema = self.method.evaluated(), self.stepper.ema
-        rows = self.evaluation.token_rows(evaluated, name, self.step)
-        metrics = {**last_layer_metrics(rows), **self.evaluation.score(evaluated, splits, self.directory)}
+        at_end = "test" in splits
+        fitted = self.evaluation.probes.fit(evaluated)
+        metrics = self.evaluation.score(evaluated, fitted, splits)
+        self.subject = subject = self.evaluation.subject(evaluated, self.step, fitted if at_end else None)
+        rows = self.evaluation.token_rows(subject, name)
         self.rows += rows
         if name != "raw":
-            self.rows += self.evaluation.token_rows(self.backbone, "raw", self.step)
+            self.rows += self.evaluation.token_rows(self.evaluation.subject(self.backbone, self.step), "raw")
         if ema is not None and name != "ema":
-            self.rows += self.evaluation.token_rows(ema.module, "ema", self.step)
-        return metrics
+            self.rows += self.evaluation.token_rows(self.evaluation.subject(ema.module, self.step), "ema")
+        findings = self.evaluation.measure(subject, name, self.directory, at_end=at_end)
+        self.statistics += findings.statistics
+        onset = onset_step([row for row in self.rows if row.weights == name]) if at_end else {}
+        return {**last_layer_metrics(rows), **metrics, **findings.metrics, **onset}
 
     def _finish(self, report: Report) -> None:
         """The last evaluation, the only look at the test set, and the files of the trial."""
@@ -239,18 +251,24 @@ class _Training:
             self._save()
         self._record(report, self._evaluate(("validation", "test")))
         if distributed.rank() == 0:
-            self.evaluation.write_norm_map(self.method.evaluated(), self.directory)
+            assert self.subject is not None
+            self.evaluation.write_norm_map(self.subject, self.directory)
             self.evaluation.write_probes(self.history, self.directory)
-            token_table.write(self.rows, self.directory / "token_norms.parquet")
+            self.evaluation.write_per_image(self.directory)
+            self._write_tokens()
         distributed.barrier()
 
     def diverged(self, message: str) -> Result:
         """How a run ends whose numbers are no longer finite; what was recorded until then is kept."""
         log.warning("diverged: %s", message)
         if distributed.rank() == 0:
-            token_table.write(self.rows, self.directory / "token_norms.parquet")
+            self._write_tokens()
         error = {"type": "Diverged", "message": message, "traceback": ""}
         return Result("diverged", self._last_good, self._speed(), self.device.type, self.data.fingerprint, error)
+
+    def _write_tokens(self) -> None:
+        token_table.write(self.rows, self.directory / "token_norms.parquet")
+        token_statistics.write(self.statistics, self.directory / "token_statistics.parquet")
 
     def _result(self, status: str) -> Result:
         return Result(status, self.step, self._speed(), self.device.type, self.data.fingerprint)
@@ -268,6 +286,7 @@ class _Training:
             "streams": self.streams.state_dict(),
             "history": self.history,
             "rows": _to_tensor(token_table.to_table(self.rows)),
+            "statistics": _to_tensor(token_statistics.to_table(self.statistics)),
             **self.stepper.state_dict(),
         }
         execution = self.config.execution
@@ -292,7 +311,9 @@ class _Training:
         self.stepper.load_state_dict(state)
         self.streams.load_state_dict(state["streams"])
         self.history = [(step, dict(metrics)) for step, metrics in state["history"]]
-        self.rows = token_table.from_table(_from_tensor(state["rows"])) if distributed.rank() == 0 else []
+        if distributed.rank() == 0:
+            self.rows = token_table.from_table(_from_tensor(state["rows"]))
+            self.statistics = token_statistics.from_table(_from_tensor(state["statistics"]))
         log.info("resumed at step %d", self.step)
         if distributed.rank() == 0:
             for step, metrics in self.history:

@@ -309,6 +309,13 @@ class ViT(VisionTransformer):
         attention = cast(Attention, self._blocks[layer - 1].attn)
         return attention.probabilities(query, key, self._mask(query.shape[2], query.device))
 
+    def attentions(self, images: Tensor) -> Iterator[Tensor]:
+        """`attention` of block 1 … L, one after another, in one pass."""
+        for block, (x_BTD,) in zip(self._blocks, self._layers([images]), strict=False):
+            attention = cast(Attention, block.attn)
+            query, key, _ = attention.split_heads(attention.qkv(block.norm1(x_BTD)), *x_BTD.shape[:2])
+            yield attention.probabilities(query, key, self._mask(x_BTD.shape[1], x_BTD.device))
+
     def qkv(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens in block `layer` (1 … L), each [B, H, T, C], without the sink's.
 
@@ -353,6 +360,16 @@ def forward_groups(
     return [backbone.tokens(images) for images in groups]
 
 
+def attentions(backbone: Backbone, images: Tensor) -> Iterator[Tensor]:
+    """Explicit softmax of block 1 … L, float32 [B, H, T, T]; a user's own backbone is asked block by block."""
+    if isinstance(backbone, ViT):
+        yield from backbone.attentions(images)
+        return
+    blocks = sum(1 for _ in backbone.residuals(images[:1])) - 1
+    for layer in range(1, blocks + 1):
+        yield backbone.attention(images, layer)
+
+
 def token_norms(backbone: Backbone, images: Tensor) -> tuple[Tensor, bool]:
     """L2 norms of all tokens of all layers before the final norm, and whether there is a class token.
 
@@ -367,10 +384,16 @@ def token_norms(backbone: Backbone, images: Tensor) -> tuple[Tensor, bool]:
 
 def norms_of(tokens: Tokens) -> Tensor:
     """L2 norms [B, T] in float32 of one layer's tokens, order class, registers, patches."""
+    norms: Tensor = torch.linalg.vector_norm(together(tokens).detach(), dim=-1, dtype=torch.float32)
+    return norms
+
+
+def together(tokens: Tokens) -> Tensor:
+    """All tokens as x_BTD, order class, registers, patches; without a class token T is R + N."""
     groups = [tokens.registers_BRD, tokens.patches_BND]
     if tokens.cls_BD is not None:
         groups.insert(0, tokens.cls_BD[:, None])
-    return torch.cat([torch.linalg.vector_norm(group.detach(), dim=-1, dtype=torch.float32) for group in groups], dim=1)
+    return torch.cat(groups, dim=1)
 
 
 def build(model: ModelConfig, streams: Streams) -> nn.Module:

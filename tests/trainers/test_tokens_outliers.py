@@ -160,4 +160,4 @@ def test_otsu_gap_middle_and_degenerate_counts() -> None:
     ],
 )
 def test_onset(fractions: list[float | None], onset: int | None) -> None:
-    assert outliers.onset_layer(fractions) == onset
+    assert outliers.onset(fractions) == onset

@@ -165,7 +165,7 @@ def last_layer_metrics(rows: Iterable[NormRow]) -> dict[str, float]:
     if len({row.layer for row in patches}) < len(patches):
         raise ValueError("the rows belong to more than one evaluation")
     last = patches[-1].statistics
-    onset = outliers.onset_layer([row.statistics.outlier_fraction for row in patches])
+    onset = outliers.onset([row.statistics.outlier_fraction for row in patches])
     metrics = {
         "tokens/last/outlier_fraction": last.outlier_fraction,
         "tokens/last/outlier_fraction_150": last.outlier_fraction_150,
@@ -173,3 +173,16 @@ def last_layer_metrics(rows: Iterable[NormRow]) -> dict[str, float]:
         "tokens/onset_layer": onset,
     }
     return {name: float(value) for name, value in metrics.items() if value is not None}
+
+
+def onset_step(rows: Iterable[NormRow]) -> dict[str, float]:
+    """`tokens/onset_step`: the first evaluated step at which outliers have set in at the last layer; or nothing.
+
+    Args:
+        rows: of one kind of weights; only patches of the probe batch count.
+    """
+    patches = [row for row in rows if row.source == "probe" and row.token == "patch"]
+    last = max((row.layer for row in patches), default=0)
+    points = sorted((row.step, row.statistics.outlier_fraction) for row in patches if row.layer == last)
+    onset = outliers.onset([fraction for _, fraction in points])
+    return {} if onset is None else {"tokens/onset_step": float(points[onset][0])}

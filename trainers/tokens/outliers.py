@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter1d
 
-from trainers.tokens.histogram import BINS_PER_DECADE, Counts, Floats, bin_edges
+from trainers.tokens.histogram import BINS_PER_DECADE, Counts, Floats, bin_edges, count
 
 FIXED_THRESHOLD = 150.0  # hand-picked for DINOv2-g in the paper, which adds that it "can vary across models"
 ONSET_FRACTION = 0.005
@@ -31,6 +31,27 @@ def rule3_threshold(median: Floats | float, mad: Floats | float) -> Floats:
     """Norms above max(m + 5 · 1.4826 · MAD, 1.5 m) are outliers, m the median and MAD around it (paper.md §5, 3)."""
     spread = np.asarray(median) + _DEVIATIONS * _NORMAL_CONSISTENCY * np.asarray(mad)
     return np.asarray(np.maximum(spread, _LEAST_RATIO * np.asarray(median)))
+
+
+def threshold(norms: NDArray[np.floating], rule: str, fixed: float | None) -> float:
+    """The norm above which a token is an outlier among `norms`, all taken together; infinite where there is none.
+
+    Args:
+        norms: of any shape; NaN is left out.
+        rule: "mad" for rule 3, "otsu" for the gated Otsu threshold, which may say no, "fixed" for `fixed`.
+        fixed: used by that rule alone.
+    """
+    values = norms[~np.isnan(norms)].astype(np.float64)
+    if rule == "fixed":
+        assert fixed is not None, "the configuration is not resolved"
+        return fixed
+    if not values.size:
+        return float("inf")
+    if rule == "otsu":
+        found = otsu_threshold(count(values[None])[0])
+        return float("inf") if found is None else found
+    median = float(np.median(values))
+    return float(rule3_threshold(median, float(np.median(np.abs(values - median)))))
 
 
 def rule3_fraction(norms_GN: NDArray[np.floating]) -> Floats:
@@ -92,7 +113,7 @@ def _two_modes(weights: Floats, centres: Floats, split: int) -> bool:
     return bool(valley < _VALLEY * min(density[lower], density[upper]) and apart > _MODE_RATIO)
 
 
-def onset_layer(fractions: Sequence[float | None]) -> int | None:
+def onset(fractions: Sequence[float | None]) -> int | None:
     """The first point whose outlier fraction, and those of the two after it, exceed 0.5 %; None where there is none.
 
     `fractions` are rule 3's of consecutive points (layers 0 … L; training steps serve as well). Near the end of the
