@@ -85,14 +85,14 @@ def _direction(
     if not rows:
         return ""
     kind = unit(metric)
-    points = " points" if kind.symbol == "%" else ""
     sizes = sorted(abs(row["delta"]) for row in rows)
-    by = kind.text(sizes[0]) if len(rows) == 1 else f"{kind.text(sizes[0])} to {kind.text(sizes[-1])}"
+    by = kind.text(sizes[0], signed=False)
+    by = by if len(rows) == 1 else f"{by} to {kind.text(sizes[-1], signed=False)}"
     bounds = (min(row["delta_low"] for row in rows), max(row["delta_high"] for row in rows))
     word = "higher" if rises else "lower"
     certainty = "95 % interval" if len(rows) == 1 else "95 % intervals within"
     where = _where(rows, varying, names, baseline)
-    return f"{word} {where} by {by}{points} ({certainty} {kind.interval(*bounds)})"
+    return f"{word} {where} by {by}{kind.of_difference} ({certainty} {kind.interval(*bounds)})"
 
 
 def _where(rows: Sequence[Row], varying: Sequence[str], names: Mapping[str, str], baseline: Mapping[str, Any]) -> str:
@@ -113,5 +113,4 @@ def _why_not(rows: Sequence[Row], metric: str) -> str:
     if all(row["p_value"] is None for row in bounded):
         return "all pairs differ by the same amount, which says nothing about chance"
     span = kind.interval(min(row["delta_low"] for row in bounded), max(row["delta_high"] for row in bounded))
-    points = " points" if kind.symbol == "%" else ""
-    return f"{'its 95 % interval is' if len(bounded) == 1 else '95 % intervals span'} {span}{points}"
+    return f"{'its 95 % interval is' if len(bounded) == 1 else '95 % intervals span'} {span}{kind.of_difference}"

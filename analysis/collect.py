@@ -15,9 +15,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.schemas import METRICS, RUNS, STATUSES, TOKEN_NORMS, canonical, setting_column
+from analysis.schemas import METRICS, RUNS, STATUSES, TOKEN_NORMS, TOKEN_STATISTICS, canonical, setting_column
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A table that a trial publishes: its columns, those by which it is sorted, whether every finished trial has it."""
+
+    name: str
+    schema: pa.Schema
+    keys: tuple[str, ...]
+    expected: bool = True
+
+
+_FILES = (
+    _File("metrics", METRICS, ("step", "name")),
+    _File("token_norms", TOKEN_NORMS, ("step", "layer", "token", "source", "weights")),
+    _File(  # trials of older versions have none
+        "token_statistics", TOKEN_STATISTICS, ("step", "weights", "name", "layer", "head", "token"), expected=False
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +72,14 @@ class Mlflow:
 
 @dataclass(frozen=True)
 class Frames:
-    """What a sweep has published: three tables (schemas.RUNS and its settings, METRICS, TOKEN_NORMS), each sorted."""
+    """What a sweep has published; its tables have the schemas of their names (RUNS with settings), and are sorted."""
 
     folder: Path
     plan: SweepPlan
     runs: pa.Table
     metrics: pa.Table
     token_norms: pa.Table
+    token_statistics: pa.Table
     mlflow: Mlflow | None
     problems: tuple[str, ...]
 
@@ -75,25 +95,23 @@ def collect(folder: Path) -> Frames:
     mlflow = _read_mlflow(folder / "mlflow.json", problems)
     rows: list[dict[str, Any]] = []
     settings: list[dict[str, Any]] = []
-    metrics: list[pa.Table] = []
-    norms: list[pa.Table] = []
+    tables: dict[str, list[pa.Table]] = {file.name: [file.schema.empty_table()] for file in _FILES}
     for trial in sorted(plan.trials, key=lambda trial: trial.trial_id):
         place = folder / "trials" / trial.trial_id
-        row = _read_result(place / "result.json", trial.trial_id, problems)
+        row, found = _read_result(place / "result.json", trial.trial_id, problems)
         row |= {"sweep": plan.sweep, "mlflow_run_id": mlflow.runs.get(trial.trial_id) if mlflow else None}
         rows.append(row)
-        settings.append(_read_settings(place / "config.json", trial, row["status"], problems))
+        settings.append(_filled(_read_settings(place / "config.json", trial, row["status"], problems), found))
         if row["status"] == "missing":
             continue  # nothing of it has been accepted yet
-        finished = row["status"] == "finished"
-        metrics += _read_table(place / "metrics.parquet", METRICS, trial.trial_id, finished, problems)
-        norms += _read_table(place / "token_norms.parquet", TOKEN_NORMS, trial.trial_id, finished, problems)
+        for file in _FILES:
+            expected = file.expected and row["status"] == "finished"
+            tables[file.name] += _read_table(place, file, trial.trial_id, expected, problems)
     return Frames(
         folder=folder,
         plan=plan,
         runs=_runs_table(rows, settings),
-        metrics=pa.concat_tables([METRICS.empty_table(), *metrics]).combine_chunks(),
-        token_norms=pa.concat_tables([TOKEN_NORMS.empty_table(), *norms]).combine_chunks(),
+        **{name: pa.concat_tables(parts).combine_chunks() for name, parts in tables.items()},
         mlflow=mlflow,
         problems=tuple(problems),
     )
@@ -166,18 +184,21 @@ def _without_user(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
-def _read_result(path: Path, trial_id: str, problems: list[str]) -> dict[str, Any]:
-    """The row of `runs` for one trial; of status "missing" with nulls where there is no readable result."""
+def _read_result(path: Path, trial_id: str, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of `runs` for one trial, of status "missing" with nulls where there is no readable result; and `found`.
+
+    `found` are settings that weights turned out to have, under their dotted names.
+    """
     row: dict[str, Any] = dict.fromkeys(RUNS.names) | {"trial_id": trial_id, "status": "missing"}
     if not path.exists():
-        return row
+        return row, {}
     try:
         raw = _read_json(path)
         if raw.get("status") not in STATUSES:
             raise ValueError(f"its status is {raw.get('status')!r}; allowed: {', '.join(STATUSES)}")
     except (OSError, ValueError) as error:
         problems.append(f"trial {trial_id}: result.json is unreadable: {_short(error)}")
-        return row | {"error": f"result.json is unreadable: {_short(error)}"}
+        return row | {"error": f"result.json is unreadable: {_short(error)}"}, {}
     row["status"] = raw["status"]
     for field in RUNS:
         if field.name not in raw or field.name in ("trial_id", "status"):
@@ -186,7 +207,11 @@ def _read_result(path: Path, trial_id: str, problems: list[str]) -> dict[str, An
             row[field.name] = _result_value(field, raw[field.name])
         except (TypeError, ValueError) as error:
             problems.append(f"trial {trial_id}: {field.name} in result.json is unreadable: {_short(error)}")
-    return row
+    found = raw.get("found") or {}
+    if not isinstance(found, Mapping):
+        problems.append(f"trial {trial_id}: found in result.json is unreadable: it is not a mapping of settings")
+        found = {}
+    return row, flatten(found)
 
 
 def _result_value(field: pa.Field, value: Any) -> Any:
@@ -217,8 +242,14 @@ def _read_settings(path: Path, trial: PlannedTrial, status: str, problems: list[
         return known
 
 
-def _read_table(path: Path, schema: pa.Schema, trial_id: str, expected: bool, problems: list[str]) -> list[pa.Table]:
-    """The table in `path` with the trial's id, in `schema`, sorted; or nothing, and a problem that says why."""
+def _filled(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with what is null or absent in them taken from `found`."""
+    return {**found, **{name: value for name, value in settings.items() if value is not None or name not in found}}
+
+
+def _read_table(place: Path, file: _File, trial_id: str, expected: bool, problems: list[str]) -> list[pa.Table]:
+    """The table of a trial with its id, in the file's schema, sorted; or nothing, and a problem that says why."""
+    path = place / f"{file.name}.parquet"
     if not path.exists():
         if expected:
             problems.append(f"trial {trial_id}: it has finished, but {path.name} is missing")
@@ -226,37 +257,35 @@ def _read_table(path: Path, schema: pa.Schema, trial_id: str, expected: bool, pr
     try:
         table = pq.ParquetFile(path).read()
         columns = []
-        for field in schema:
+        for field in file.schema:
             if field.name == "trial_id":
                 columns.append(pa.repeat(pa.scalar(trial_id, pa.string()), table.num_rows))
             elif field.name in table.column_names:
                 columns.append(table[field.name].cast(field.type))
-            elif field.name in _keys(schema):
+            elif field.name in file.keys:
                 raise ValueError(f"it has no column {field.name}")
             else:
                 columns.append(pa.nulls(table.num_rows, field.type))
-        conformed = pa.table(columns, schema=schema)
-        return [_sorted(conformed, _keys(schema))]
+        return [_sorted(pa.table(columns, schema=file.schema), file.keys)]
     except (OSError, pa.ArrowException, ValueError) as error:
         problems.append(f"trial {trial_id}: {path.name} is unreadable: {_short(error)}")
         return []
 
 
-def _keys(schema: pa.Schema) -> list[str]:
-    return ["step", "name"] if schema is METRICS else ["step", "layer", "token", "source", "weights"]
-
-
 def _sorted(table: pa.Table, keys: Sequence[str]) -> pa.Table:
     if _is_sorted(table, keys):  # as published, which is cheaper to see than to sort again
         return table
-    return table.take(pc.sort_indices(table, sort_keys=[(key, "ascending") for key in keys]))
+    order = [(key, "ascending", "at_start") for key in keys]
+    return table.take(pc.sort_indices(table, sort_keys=order))
 
 
 def _is_sorted(table: pa.Table, keys: Sequence[str]) -> bool:
-    """Whether each row's keys are not below the row's before it."""
+    """Whether each row's keys are not below the row's before it; null stands first."""
     rising = pa.scalar(True)  # of equal keys
     for key in reversed(keys):
         column = table[key].combine_chunks()
+        if column.null_count:
+            column = column.fill_null("" if pa.types.is_string(column.type) else -1)
         before, after = column[:-1], column[1:]
         rising = pc.or_(pc.less(before, after), pc.and_(pc.equal(before, after), rising))
     return bool(pc.all(rising, skip_nulls=False).as_py())

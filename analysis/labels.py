@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,53 +23,163 @@ _WORDS = {
     "rmse": "RMSE",
     "corloc": "CorLoc",
 }
-_TOKENS = {
+_LABELS = {
     "tokens/last/outlier_fraction": "outlier fraction (last layer)",
     "tokens/last/outlier_fraction_150": "norms above 150 (last layer)",
+    "tokens/last/outlier_fraction_frozen": "norms above the baseline's threshold (last layer)",
     "tokens/last/max_over_median": "maximum / median norm (last layer)",
     "tokens/onset_layer": "onset layer of outliers",
+    "tokens/onset_step": "onset step of outliers",
+    "tokens/padding_fraction": "patches of padding",
+    "tokens/location/images_with_outliers": "images with outliers",
+    "tokens/location/outliers_per_image": "outliers per image",
+    "tokens/location/border_over_centre": "outlier rate at the border / in the centre",
+    "tokens/location/row_cv": "variation of outlier rates over rows",
+    "tokens/location/column_cv": "variation of outlier rates over columns",
+    "tokens/location/threshold": "threshold of the outlier rule",
+    "channels/last/kurtosis": "kurtosis over channels (last layer)",
+    "channels/last/max_over_median": "largest / median channel of a token (last layer)",
+    "channels/last/massive": "massive activations per image (last layer)",
+    "attention/last/cls/outliers": "attention of the class token on outliers (last block)",
+    "attention/last/cls/registers": "attention of the class token on registers (last block)",
+    "attention/last/cls/self": "attention of the class token on itself (last block)",
+    "attention/last/cls/sink": "attention of the class token on the sink (last block)",
+    "attention/last/cls/entropy": "entropy of the class token's attention, relative (last block)",
+    "attention/last/patch/outliers": "attention of patches on outliers (last block)",
+    "attention/last/patch/registers": "attention of patches on registers (last block)",
+    "attention/last/sink_score": "attention on the token that gets most (last block)",
+    "attention/last/register_divergence": "Jensen–Shannon divergence of registers' attention (last block)",
+    "similarity/last/cls_patch": "cosine of class token and patches (last layer)",
+    "similarity/last/neighbors": "cosine of neighbouring patches (last layer)",
+    "similarity/last/registers": "cosine between registers (last layer)",
+    "similarity/last/registers_max": "largest cosine between registers (last layer)",
+    "neighbors/gap": "similarity to neighbours at entry, outliers − normal patches",
+    "neighbors/auroc": "AUROC of similarity to neighbours for being an outlier",
+    "locality/outlier_fraction": "outliers among the scored patches",
+    "single_token/outlier/coverage_train": "training images with an outlier",
+    "single_token/outlier/coverage_test": "test images with an outlier",
+    "interventions/layer": "layer whose outliers are treated",
+    "interventions/outlier_fraction": "outliers that are treated",
+    "added/norm_over_median": "norm of the added token / median patch",
+    "test_time_registers/score_share": "share of the neurons found in all scores",
 }
-_FRACTIONS = ("top1", "top5", "miou", "corloc", "outlier_fraction", "outlier_fraction_150")
+_KINDS = {
+    "cls": "the class token",
+    "normal": "one normal patch per image",
+    "outlier": "one outlier patch per image",
+    "normal_where_outlier": "one normal patch per image with an outlier",
+}
+_PROBES = {
+    "top1": "top-1 of the position probe",
+    "distance": "distance of the position probe",
+    "l2": "L2 error of the pixel probe",
+}
+_RECURRENCE = {
+    "content": "outliers that recur at the same content",
+    "place": "outliers that recur at the same place",
+    "base_rate": "outliers among all patches afterwards",
+}
+_FRACTIONS = (
+    *("top1", "top1_std", "top5", "miou", "corloc"),
+    *(
+        "outlier_fraction",
+        "outlier_fraction_150",
+        "outlier_fraction_frozen",
+        "padding_fraction",
+        "images_with_outliers",
+    ),
+    *("coverage_train", "coverage_test", "content", "place", "base_rate", "score_share"),
+)
+_CHANGE = "change"
+_GROUPS = {"interventions": "", "test_time_registers": "test-time registers: "}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """How a metric is shown: multiplied by `scale`, with `decimals` (None: four significant digits)."""
+    """How a metric is shown: multiplied by `scale`, with `decimals` (None: four significant digits).
+
+    A metric that is a change already has its sign shown.
+    """
 
     scale: float
     symbol: str
     decimals: int | None
+    change: bool = False
 
-    def text(self, value: float | None, signed: bool = False) -> str:
-        """`value` without the symbol; signs are typographic."""
+    def text(self, value: float | None, signed: bool | None = None) -> str:
+        """`value` without the symbol; signs are typographic. By default a plus is shown of changes alone."""
         if value is None or not math.isfinite(value):
             return NONE
         shown = value * self.scale
         digits = f"{shown:.4g}" if self.decimals is None else f"{shown:.{self.decimals}f}"
         if float(digits) == 0:
             digits = digits.lstrip("-")
-        sign = "+" if signed and float(digits) > 0 else ""
+        sign = "+" if (self.change if signed is None else signed) and float(digits) > 0 else ""
         return f"{sign}{digits}".replace("-", MINUS)
 
     def interval(self, low: float | None, high: float | None) -> str:
         """`[low, high]` with signs, or nothing where there is no interval."""
         return "" if low is None or high is None else f"[{self.text(low, True)}, {self.text(high, True)}]"
 
+    @property
+    def of_difference(self) -> str:
+        """What a difference of two values is counted in, after a space; nothing where there is no unit."""
+        symbol = "points" if self.symbol == "%" else self.symbol
+        return f" {symbol}" if symbol else ""
+
 
 def unit(metric: str) -> Unit:
-    """Fractions between 0 and 1 are shown in percent."""
-    return Unit(100.0, "%", 2) if metric.rsplit("/", 1)[-1] in _FRACTIONS else Unit(1.0, "", None)
+    """Fractions between 0 and 1 are shown in percent, changes of fractions in points."""
+    parts = metric.split("/")
+    change = _CHANGE in parts
+    if parts[-1] in _FRACTIONS or _is_mass(parts):
+        return Unit(100.0, "points" if change else "%", 2, change)
+    return Unit(1.0, "cells" if parts[-1] == "distance" else "", None, change)
+
+
+def _is_mass(parts: Sequence[str]) -> bool:
+    """Whether a metric is a share of attention."""
+    return parts[0] == "attention" and parts[-1] in ("outliers", "registers", "self", "sink", "sink_score")
 
 
 def metric_label(metric: str) -> str:
-    """A metric in words: `test/linear/top1` is "top-1 (linear probe, test)"."""
-    if metric in _TOKENS:
-        return _TOKENS[metric]
-    split, *parts = metric.split("/")
-    if split not in _SPLITS or not parts:
-        return metric
-    words = [_WORDS.get(part, part.replace("_", " ")) for part in reversed(parts)]
-    return f"{words[0]} ({', '.join([*words[1:], _SPLITS[split]])})"
+    """A metric in words: `test/linear/top1` is "top-1 (linear probe, test)"; a name that is not known stays itself."""
+    known = _LABELS | _RECURRENCE
+    if metric in known:
+        return known[metric]
+    first, *parts = metric.split("/")
+    if first in _SPLITS and parts:
+        words = [_WORDS.get(part, part.replace("_", " ")) for part in reversed(parts)]
+        return f"{words[0]} ({', '.join([*words[1:], _SPLITS[first]])})"
+    if first in _GROUPS and len(parts) > 1:
+        return _changed(_GROUPS[first], parts)
+    if first == "locality" and len(parts) == 3 and parts[2] in _PROBES:
+        return f"{_PROBES[parts[2]]}, {parts[1]} patches"
+    if first == "single_token" and len(parts) == 2:
+        token = _KINDS.get(parts[0], parts[0].replace("_", " "))
+        return f"{'top-1' if parts[1] == 'top1' else 'deviation of top-1 over draws'} of {token} alone"
+    if first == "recurrence" and len(parts) > 1 and parts[-1] in _RECURRENCE:
+        return f"{_RECURRENCE[parts[-1]]} ({done_text('/'.join(parts[:-1]))})"
+    return metric
+
+
+def _changed(group: str, parts: Sequence[str]) -> str:
+    """What was done and the metric after it: `registers_zeroed/change/test/linear/top1`."""
+    what, *rest = parts
+    change = "change of " if rest[0] == _CHANGE and len(rest) > 1 else ""
+    of = "/".join(rest[1:] if change else rest)
+    return f"{change}{metric_label(of)}, {group}{done_text(what)}"
+
+
+def done_text(what: str) -> str:
+    """What was done to a model or to images, in words: `scale_1_5/antialias` is "scale 1.5, antialiased"."""
+    parts = [
+        f"scale {part.removeprefix('scale_').replace('_', '.')}"
+        if part.startswith("scale_")
+        else part.replace("_", " ")
+        for part in what.split("/")
+    ]
+    return ", ".join({"antialias": "antialiased"}.get(part, part) for part in parts)
 
 
 def axis_labels(axes: Iterable[str]) -> dict[str, str]:
@@ -108,9 +218,11 @@ FLAGS = {
     "mixed_threads": "trials ran with different numbers of threads",
     "mixed_versions": "trials ran with different package versions",
     "no_baseline": "there is no finished baseline to compare with",
+    "no_frozen_threshold": "the baseline has no outliers, or has not finished, so its threshold cannot be frozen",
     "no_pair": "no seed has finished both here and in the baseline",
     "no_variance": "all paired differences are equal, so there is no p-value",
     "not_finite": "a score is NaN or infinite and is not in the mean",
+    "observational": "released weights differ in more than the axis, so a difference is not its effect",
     "one_seed": "one seed or one pair: no spread or interval can be given",
     "partly_paired": "not every seed of the cell has a score of its baseline beside it",
     "pruned": "trials were pruned and are not in the mean",

@@ -11,8 +11,6 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-TABLES = ("runs", "metrics", "token_norms", "ablation")
-
 
 def publish(path: Path, write: Callable[[IO[bytes]], object]) -> Path:
     """Lets `write` fill a hidden file beside `path`, which then replaces `path`; both file and folder are synced.

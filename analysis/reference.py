@@ -8,16 +8,32 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from analysis.labels import REGISTERS
+from analysis.labels import REGISTERS, unit
 
-# Rows of reference/downstream.csv that our metric of the same kind stands beside.
+_ONSET_STEP = "tokens/onset_step"
+
+# Rows of reference/downstream.csv that our metric of the same kind stands beside, and what the paper trained.
 _DOWNSTREAM = {
-    "imagenet1k_linear": ("test/linear/top1", "ImageNet-1k linear top-1, %"),
-    "ade20k_linear": ("test/segmentation/miou", "ADE20k linear mIoU, %"),
-    "nyud_linear": ("test/depth/rmse", "NYUd linear RMSE, m"),
+    "imagenet1k_linear": ("test/linear/top1", "linear top-1 on ImageNet-1k, %"),
+    "ade20k_linear": ("test/segmentation/miou", "linear mIoU on ADE20k, %"),
+    "nyud_linear": ("test/depth/rmse", "linear RMSE on NYUd, m"),
 }
-_OUTLIERS = ("tokens/last/outlier_fraction_150", "patch norms above 150, %")
-_PERCENT = ("top1", "miou", "outlier_fraction_150")
+_TRAINED = {
+    "deit3": "deit3, ViT-B, ImageNet-22k",
+    "openclip": "openclip, ViT-B/16, licensed pairs",
+    "dinov2": "dinov2, ViT-L, ImageNet-22k",
+}
+_LOCALITY = {
+    "position_top1": ("locality/position/{}/top1", "position probe, {} patches, top-1, %"),
+    "position_distance": ("locality/position/{}/distance", "position probe, {} patches, distance in cells"),
+    "pixel_l2": ("locality/pixels/{}/l2", "pixel probe, {} patches, L2 error"),
+}
+_OUTLIERS = {
+    "outlier_fraction_norm_above_150": ("tokens/last/outlier_fraction_150", "patch norms above 150, %"),
+    "first_layer_of_split": ("tokens/onset_layer", "layer in which norms split, of 40"),
+    "first_training_fraction": (_ONSET_STEP, "fraction of training after which outliers are there"),
+}
+_DATASETS = {"imagenet1k": "ImageNet-1k", "aircraft": "Aircraft"}  # of Table 1 that are shown beside any data of ours
 
 
 @dataclass(frozen=True)
@@ -32,14 +48,36 @@ class Comparison:
     ours: float
 
 
-def comparisons(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> list[Comparison]:
+@dataclass(frozen=True)
+class _Known:
+    """One of the paper's values; `method` is None where any of ours may stand beside it."""
+
+    metric: str
+    what: str
+    model: str
+    value: float
+    num_registers: int
+    method: str | None = None
+    dataset: str | None = None
+
+
+def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
     """The paper's values that have a counterpart among `rows` of the ablation table.
 
     Args:
-        rows: rows with their axes; a setting that is not an axis is looked up in `base`.
-        base: settings that all trials share, under their dotted names.
+        rows: rows with the settings of the trials behind them, under their dotted names.
     """
-    return [*_downstream(rows, base), *_outliers(rows, base)]
+    by_metric: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["mean"] is not None:
+            by_metric.setdefault(row["metric"], []).append(row)
+    found = []
+    for known in _known():
+        for settings in by_metric.get(known.metric, []):
+            ours = _ours(settings)
+            if ours is not None and _stands_beside(known, settings):
+                found.append(Comparison(known.what, known.model, known.value, _model(settings), known.metric, ours))
+    return found
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -48,31 +86,60 @@ def read(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def _downstream(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> Iterator[Comparison]:
-    for known in read("downstream"):
-        metric, what = _DOWNSTREAM[known["task"]]
-        for row in rows:
-            settings = {**base, **row}
-            same = (settings.get("method"), settings.get(REGISTERS)) == (known["method"], int(known["num_registers"]))
-            if same and row["metric"] == metric and row["mean"] is not None:
-                paper_model = f"{known['method']}, {known['num_registers']} registers"
-                yield Comparison(what, paper_model, float(known["value"]), _model(settings), metric, _ours(row))
+def _known() -> Iterator[_Known]:
+    for row in read("downstream"):
+        metric, what = _DOWNSTREAM[row["task"]]
+        model = f"{_TRAINED[row['method']]}, {row['num_registers']} registers"
+        yield _Known(metric, what, model, float(row["value"]), int(row["num_registers"]), row["method"])
+    for row in read("outliers"):
+        metric, what = _OUTLIERS[row["quantity"]]
+        yield _Known(metric, what, f"{row['model']}, 0 registers", float(row["value"]), 0)
+    for row in read("locality"):
+        metric, what = (text.format(row["token"]) for text in _LOCALITY[row["metric"]])
+        yield _Known(metric, f"{what} (Fig. 5b)", f"{row['model']}, 0 registers", float(row["value"]), 0)
+    for row in read("single_token_classification"):
+        yield _single_token(row, 0, "Table 1")
+    for row in read("registers"):
+        registers = int(row["num_registers"])
+        if row["dataset"]:
+            yield _single_token(row, registers, f"Table {row['table']}")
+        else:
+            metric, what = (text.format(row["token"]) for text in _LOCALITY[row["metric"]])
+            model = f"{row['model']}, {registers} registers"
+            yield _Known(metric, f"{what} (Table {row['table']})", model, float(row["value"]), registers)
 
 
-def _outliers(rows: Sequence[Mapping[str, Any]], base: Mapping[str, Any]) -> Iterator[Comparison]:
-    metric, what = _OUTLIERS
-    known = next(row for row in read("outliers") if row["quantity"] == "outlier_fraction_norm_above_150")
-    for row in rows:
-        settings = {**base, **row}
-        if row["metric"] == metric and settings.get(REGISTERS) == 0 and row["mean"] is not None:
-            paper_model = f"{known['model']}, 0 registers"
-            yield Comparison(what, paper_model, float(known["value"]), _model(settings), metric, _ours(row))
+def _single_token(row: Mapping[str, str], registers: int, table: str) -> _Known:
+    token = {"cls": "class token", "normal": "normal patch", "outlier": "outlier patch"}.get(row["token"], "register")
+    dataset = _DATASETS.get(row["dataset"], row["dataset"])
+    return _Known(
+        metric=f"single_token/{row['token']}/top1",
+        what=f"one {token} per image, top-1 on {dataset}, % ({table})",
+        model=f"{row['model']}, {registers} register{'' if registers == 1 else 's'}",
+        value=float(row["value"]),
+        num_registers=registers,
+        dataset=row["dataset"],
+    )
 
 
-def _ours(row: Mapping[str, Any]) -> float:
-    return float(row["mean"]) * (100 if row["metric"].rsplit("/", 1)[-1] in _PERCENT else 1)
+def _stands_beside(known: _Known, settings: Mapping[str, Any]) -> bool:
+    """Whether ours has the paper's registers and method; of the paper's data sets the same one, or those named here."""
+    if settings.get(REGISTERS) != known.num_registers or known.method not in (None, settings.get("method")):
+        return False
+    if known.dataset is None or known.dataset in _DATASETS:
+        return True
+    return known.dataset in (settings.get("data.name"), settings.get("data.train"))
+
+
+def _ours(settings: Mapping[str, Any]) -> float | None:
+    """Our mean in the paper's unit; None where the length of training that it refers to is not known."""
+    mean, steps = float(settings["mean"]), settings.get("optim.steps")
+    if settings["metric"] == _ONSET_STEP:
+        return mean / steps if isinstance(steps, int) and steps > 0 else None
+    return mean * unit(settings["metric"]).scale
 
 
 def _model(settings: Mapping[str, Any]) -> str:
-    parts = [str(settings[name]) for name in ("method", "model.size", "data.train") if settings.get(name)]
+    named = ("model.weights", "method", "model.size", "data.train")
+    parts = [str(settings[name]) for name in named if settings.get(name)]
     return ", ".join([*parts, f"{settings[REGISTERS]} registers"])

@@ -16,14 +16,18 @@ from analysis import reference
 from analysis.answer import supported
 from analysis.cells import Cell, cells
 from analysis.collect import Frames
-from analysis.figures import Drawn
+from analysis.figures.style import Drawn
+from analysis.group_tables import measured_tables
 from analysis.labels import NONE, Unit, axis_labels, cell_text, flag_text, metric_label, unit, value_text
 from analysis.schemas import RUNS, STATUSES, canonical
 from analysis.tables import Scores
 from analysis.terminal import shown_metrics
 
 _MOST_ROWS = 2_000  # of exploratory metrics; all of them stand in tables/ablation.parquet
+_MOST_REFERENCES = 200  # of the paper's values beside ours
+_KINDS = ("test", "tokens", None, "val", "train")  # the order of exploratory metrics; None are all others
 _PX_PER_DOT = 0.72  # pictures have 160 dots per inch
+_BROAD = 660  # px from which on a picture stands alone in its row
 _MOST_NAMED = 6  # cells named one by one in a warning
 _KEY_SETTINGS = (
     *("method", "model.size", "model.patch_size", "model.image_size", "model.num_registers", "model.reg_init_std"),
@@ -55,7 +59,7 @@ def render(
     metrics = shown_metrics(frames.plan, rows)
     views = _row_views(rows, everything, varying)
     main = [(metric, _heading(metric), [view for view in views if view["metric"] == metric]) for metric in metrics]
-    others = [view for view in views if view["metric"] not in metrics]
+    others = sorted((view for view in views if view["metric"] not in metrics), key=lambda view: _rank(view["metric"]))
     common, differing = _settings(frames, runs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -71,7 +75,8 @@ def render(
         main=main,
         others=others[:_MOST_ROWS],
         others_left_out=max(0, len(others) - _MOST_ROWS),
-        pictures=[_picture(d) for d in drawn],
+        groups=_grouped(drawn),
+        measured=measured_tables(rows, everything, varying),
         warnings=_warnings(main),
         problems=problems,
         key_settings=_key_settings(runs),
@@ -80,10 +85,27 @@ def render(
         cost=_cost(runs),
         provenance=_provenance(runs),
         mlflow=frames.mlflow,
-        reference=_reference(rows, common),
+        reference=_reference(rows, everything, runs),
         cells=_cell_views(everything, runs, scores, metrics, varying),
         score_headings=[_heading(metric) for metric in metrics],
     )
+
+
+def _rank(metric: str) -> tuple[int, str]:
+    """Sorts exploratory metrics by what a reader asks for first; a stable sort keeps the order of cells."""
+    kind = metric.split("/")[0]
+    return _KINDS.index(kind if kind in _KINDS else None), metric
+
+
+def _grouped(drawn: Sequence[Drawn]) -> list[dict[str, Any]]:
+    """Pictures under their headings: those of the first series and of all, then those of each other series."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for one in drawn:
+        groups.setdefault(one.group, {}).setdefault(one.series, []).append(_picture(one))
+    return [
+        {"title": title, "pictures": series.pop("", []), "series": list(series.items())}
+        for title, series in groups.items()
+    ]
 
 
 def _picture(drawn: Drawn) -> dict[str, Any]:
@@ -94,7 +116,7 @@ def _picture(drawn: Drawn) -> dict[str, Any]:
         "uri": f"data:image/png;base64,{base64.b64encode(drawn.png).decode('ascii')}",
         "width": round(width * _PX_PER_DOT),
         "height": round(height * _PX_PER_DOT),
-        "broad": drawn.name.startswith("norm"),
+        "broad": width * _PX_PER_DOT > _BROAD,
     }
 
 
@@ -138,7 +160,7 @@ def _row_view(
         "n": row["n"],
         "lost": ", ".join(lost),
         "mean": _shown(kind, row["mean"]),
-        "std": _shown(kind, row["std"]),
+        "std": _shown(kind, row["std"], signed=False),
         "baseline_mean": _shown(kind, row["baseline_mean"]),
         "delta": _shown(kind, row["delta"], signed=True),
         "interval": kind.interval(row["delta_low"], row["delta_high"]) or row["interval_method"].removeprefix("none: "),
@@ -152,7 +174,7 @@ def _row_view(
     }
 
 
-def _shown(kind: Unit, value: float | None, signed: bool = False) -> tuple[str, str]:
+def _shown(kind: Unit, value: float | None, signed: bool | None = None) -> tuple[str, str]:
     """Text of a number and the number to sort by, empty for null."""
     missing = value is None or not math.isfinite(value)
     return kind.text(value, signed), "" if missing else repr(value)
@@ -243,11 +265,30 @@ def _provenance(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple
     return found
 
 
-def _reference(rows: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> list[dict[str, str]]:
+def _reference(
+    rows: Sequence[Mapping[str, Any]], everything: Sequence[Cell], runs: Sequence[Mapping[str, Any]]
+) -> list[dict[str, str]]:
+    """The paper's values beside ours; what weights turned out to be is known of each cell alone."""
+    each = len(rows) // max(1, len(everything))
+    by_id = {run["trial_id"]: run for run in runs}
+    with_settings: list[dict[str, Any]] = []
+    for number, cell in enumerate(everything):
+        shared = _shared([by_id[trial.trial_id] for trial in cell.trials])
+        with_settings += ({**shared, **row} for row in rows[number * each : (number + 1) * each])
     return [
         {**vars(known), "paper": f"{known.paper:.4g}", "ours": f"{known.ours:.4g}"}
-        for known in reference.comparisons(rows, common)
+        for known in reference.comparisons(with_settings)[:_MOST_REFERENCES]
     ]
+
+
+def _shared(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is the same and not null in all trials that have begun."""
+    begun = [run for run in runs if run["status"] != "missing"]
+    return {
+        name: value
+        for name, value in (begun[0] if begun else {}).items()
+        if value is not None and all(run[name] == value for run in begun)
+    }
 
 
 def _cell_views(

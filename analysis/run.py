@@ -16,7 +16,7 @@ class Analysis:
 
     answer: str
     terminal: Table
-    tables: dict[str, Path]  # runs, metrics, token_norms, ablation
+    tables: dict[str, Path]  # runs, metrics, token_norms, token_statistics, ablation
     figures: tuple[Path, ...]
     report: Path
     problems: tuple[str, ...]
@@ -43,7 +43,13 @@ def analyse(folder: Path) -> Analysis:
     ablation = tables.ablation(frames, scores=scores)
     written = write_tables(
         folder / "tables",
-        {"runs": frames.runs, "metrics": frames.metrics, "token_norms": frames.token_norms, "ablation": ablation},
+        {
+            "runs": frames.runs,
+            "metrics": frames.metrics,
+            "token_norms": frames.token_norms,
+            "token_statistics": frames.token_statistics,
+            "ablation": ablation,
+        },
     )
     apart = varying(frames.plan.axes, cells(frames.plan))
     rows = ablation.to_pylist()

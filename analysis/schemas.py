@@ -1,4 +1,4 @@
-"""Columns and types of the four published tables, and how a column is typed from a setting's values."""
+"""Columns and types of the published tables, and how a column is typed from a setting's values."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ TOKEN_NORMS = pa.schema(
         ("count", pa.int64()),
         *((name, pa.float64()) for name in _NORM_NUMBERS),
         ("histogram", pa.list_(pa.struct([("bin", pa.int32()), ("count", pa.int64())]))),
+    ]
+)
+
+TOKEN_STATISTICS = pa.schema(
+    [
+        ("trial_id", pa.string()),
+        ("step", pa.int64()),
+        ("weights", pa.string()),
+        ("name", pa.string()),
+        ("layer", pa.int64()),
+        ("head", pa.int64()),
+        ("token", pa.string()),
+        ("value", pa.float64()),
     ]
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from analysis import statistics
+from analysis import statistics, thresholds
 from analysis.cells import Cell, baseline_of, cells, is_baseline
 from analysis.collect import Frames
 from analysis.schemas import ABLATION, STATUSES, setting_column
@@ -26,21 +26,29 @@ _PROVENANCE = {
     "versions": "versions",
     "data_fingerprint": "data",
 }
+_WEIGHTS = "model.weights"  # a setting: the weights that are measured where none are trained
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a finished trial reached: its value at its last step with that metric."""
+    """What a finished trial reached: its value at its last step with that metric.
+
+    NaN where it is not finite, or where a derived metric cannot be: then `missing` is the flag that says why.
+    """
 
     step: int
     value: float
+    missing: str | None = None
 
 
 Scores = Mapping[str, Mapping[str, Score]]  # metric to trial_id to score
 
 
 def last_scores(frames: Frames) -> Scores:
-    """The scores of all finished trials, of every metric. A value that is null or not finite is kept as NaN."""
+    """The scores of all finished trials, of every metric and of those that are derived from their histograms here.
+
+    A value that is null or not finite is kept as NaN.
+    """
     statuses = frames.runs["status"].to_pylist()
     finished = {
         t for t, status in zip(frames.runs["trial_id"].to_pylist(), statuses, strict=True) if status == "finished"
@@ -55,6 +63,11 @@ def last_scores(frames: Frames) -> Scores:
         if trial_id in finished:
             finite = value is not None and math.isfinite(value)
             found.setdefault(name, {})[trial_id] = Score(step, value if finite else math.nan)
+    if fractions := thresholds.frozen(frames).fractions:
+        found[thresholds.METRIC] = {
+            trial_id: Score(step, math.nan, thresholds.FLAG) if fraction is None else Score(step, fraction)
+            for trial_id, (step, fraction) in fractions.items()
+        }
     return found
 
 
@@ -95,8 +108,9 @@ def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores
 
 
 def _states(frames: Frames) -> dict[str, dict[str, Any]]:
-    """Status and provenance of every trial, by trial_id."""
-    columns = frames.runs.select(["trial_id", "status", *_PROVENANCE])
+    """Status, provenance and, where there are any, named weights of every trial, by trial_id."""
+    weights = [_WEIGHTS] if _WEIGHTS in frames.runs.column_names else []
+    columns = frames.runs.select(["trial_id", "status", *_PROVENANCE, *weights])
     return {row["trial_id"]: row for row in columns.to_pylist()}
 
 
@@ -165,14 +179,17 @@ def _row_flags(
     cell: Cell, row: Mapping[str, Any], difference: statistics.Difference, by_trial: Mapping[str, Score]
 ) -> set[str]:
     scores = [by_trial[trial.trial_id] for trial in cell.trials if trial.trial_id in by_trial]
-    flags = {f"{status}" for status in STATUSES[1:] if row[f"n_{status}"]}
+    reasons = [score.missing for score in scores if score.missing is not None]
+    flags = {f"{status}" for status in STATUSES[1:] if row[f"n_{status}"]} | set(reasons)
+    if row["n_missing"] == len(reasons):
+        flags.discard("missing")
     conditions = {
         "baseline": row["interval_method"] == IS_BASELINE,
         "mixed_steps": len({score.step for score in scores}) > 1,
         "no_baseline": row["interval_method"] == NO_BASELINE,
-        "no_pair": difference.method == statistics.NO_PAIR,
+        "no_pair": difference.method == statistics.NO_PAIR and not reasons,
         "no_variance": difference.no_variance,
-        "not_finite": any(math.isnan(score.value) for score in scores),
+        "not_finite": any(math.isnan(score.value) and score.missing is None for score in scores),
         "one_seed": row["n"] == 1 or difference.n_paired == 1,
         "partly_paired": 0 < difference.n_paired < row["n"],
     }
@@ -180,8 +197,13 @@ def _row_flags(
 
 
 def _cell_flags(cell: Cell, baseline: Cell | None, states: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """`mixed_X`: the cell's finished trials differ in X; `baseline_other_X`: they differ in it from the baseline's."""
-    flags: set[str] = set()
+    """Flags of all rows of a cell.
+
+    `mixed_X`: its finished trials differ in X; `baseline_other_X`: they differ in it from the baseline's;
+    `observational`: its weights were not trained here.
+    """
+    named = any(states[trial.trial_id].get(_WEIGHTS) is not None for trial in cell.trials)
+    flags: set[str] = {"observational"} if named else set()
     for column, name in _PROVENANCE.items():
         own = _finished(cell, column, states)
         if len(own) > 1:

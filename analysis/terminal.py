@@ -78,7 +78,7 @@ def _count_columns(row: Mapping[str, Any]) -> list[str]:
 
 def _number(row: Mapping[str, Any], notes: dict[str, int]) -> Text:
     kind = unit(row["metric"])
-    text = Text(kind.text(row["mean"]) + ("" if row["std"] is None else f" ± {kind.text(row['std'])}"))
+    text = Text(kind.text(row["mean"]) + ("" if row["std"] is None else f" ± {kind.text(row['std'], signed=False)}"))
     for flag in row["flags"]:
         if flag not in _QUIET_FLAGS:
             text.append(f" ({notes.setdefault(flag, len(notes) + 1)})", style="yellow")

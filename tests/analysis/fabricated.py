@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from analysis.schemas import METRICS, TOKEN_NORMS
+from analysis.schemas import METRICS, TOKEN_NORMS, TOKEN_STATISTICS
 
 REGISTERS = "model.num_registers"
 OUTLIERS = "tokens/last/outlier_fraction"
 TOP1 = "test/linear/top1"
 LAYERS = 5  # 4 blocks, and what enters the first
+IMAGES, GRID = 25, (4, 4)
+PATCHES = 400  # of all images
 
 
 @dataclass
@@ -30,7 +33,9 @@ class Trial:
     status: str = "finished"
     result: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    peak: float = 20.0  # highest norm of a patch in the last layer; the bulk is at 20
+    peak: float = 20.0  # norm of the outliers in the last layer; the bulk lies evenly between 18 and 22
+    outliers: int = 0  # of the 400 patches
+    details: bool = False  # whether it leaves what measurements besides norms give
 
     @property
     def trial_id(self) -> str:
@@ -38,7 +43,9 @@ class Trial:
         return "".join(c for c in f"id-{cell}-{self.seed}" if c.isalnum() or c in "-.")
 
 
-def registers_sweep(counts: Sequence[int] = (0, 1, 2, 4), seeds: Sequence[int] = (0, 1, 2)) -> list[Trial]:
+def registers_sweep(
+    counts: Sequence[int] = (0, 1, 2, 4), seeds: Sequence[int] = (0, 1, 2), details: bool = False
+) -> list[Trial]:
     """Outliers fall by exactly 0.01 · min(r, 3) and by a known amount a seed; top-1 differs by noise alone."""
     noise = {0: 0.0, 1: 0.001, 2: 0.003, 3: 0.002}
     wobble = {0: 0.01, 1: -0.01, 2: 0.004, 3: -0.006}
@@ -52,6 +59,8 @@ def registers_sweep(counts: Sequence[int] = (0, 1, 2, 4), seeds: Sequence[int] =
                 "train/loss": 1.0 + 0.1 * seed,
             },
             peak=200.0 if count == 0 else 100.0 / count,
+            outliers=20 - 4 * min(count, 3),
+            details=details,
         )
         for count in counts
         for seed in seeds
@@ -124,10 +133,55 @@ def _publish_trial(folder: Path, trial: Trial) -> None:
     schema = pa.schema([METRICS.field(name) for name in table])
     pq.write_table(pa.table(table, schema=schema), folder / "metrics.parquet")
     pq.write_table(pa.Table.from_pylist(_norm_rows(trial), schema=TOKEN_NORMS), folder / "token_norms.parquet")
-    images = np.linspace(0, 255, 2 * 16 * 16 * 3).astype(np.uint8).reshape(2, 16, 16, 3)
-    norms = np.full((2, 4, 4), 20.0, dtype=np.float32)
+    norms = np.full((2, *GRID), 20.0, dtype=np.float32)
     norms[:, 1, 2] = trial.peak
-    np.savez(folder / "norm_map.npz", images=images, norms=norms, layer=np.int64(LAYERS - 1))
+    np.savez(folder / "norm_map.npz", images=pixels(), norms=norms, layer=np.int64(LAYERS - 1))
+    if trial.details:
+        _publish_details(folder, trial)
+
+
+def pixels() -> NDArray[np.uint8]:
+    """The two images that maps are drawn over, [2, 16, 16, 3]."""
+    return np.linspace(0, 255, 2 * 16 * 16 * 3).astype(np.uint8).reshape(2, 16, 16, 3)
+
+
+def statistic_rows(trial: Trial) -> list[dict[str, Any]]:
+    """Kurtosis of every layer, and attention on outliers of two heads, at the last step."""
+    keys = {"trial_id": trial.trial_id, "step": 20, "weights": "raw", "layer": None, "head": None, "token": None}
+    attention = [{"layer": layer, "head": head, "value": 0.1 * head} for layer in (1, 2) for head in (0, 1)]
+    return [
+        *(keys | {"name": "attention/cls/outliers"} | place for place in attention),
+        *(keys | {"name": "channels/kurtosis", "layer": layer, "value": 2.0 * layer} for layer in range(LAYERS)),
+        keys | {"name": "location/row_cv", "layer": 4, "token": "patch", "value": 0.5},
+    ]
+
+
+def _publish_details(folder: Path, trial: Trial) -> None:
+    """What measurements besides norms leave: statistics, and arrays with all outliers at row 1, column 2."""
+    table = pa.Table.from_pylist(statistic_rows(trial), schema=TOKEN_STATISTICS)
+    pq.write_table(table, folder / "token_statistics.parquet")
+    counts = np.zeros(GRID, np.int64)
+    counts[1, 2] = trial.outliers
+    np.savez(folder / "location.npz", counts=counts, images=np.full(GRID, IMAGES), threshold=30.0, layer=LAYERS - 1)
+    outlier, normal = np.zeros(200, np.int64), np.zeros(200, np.int64)
+    outlier[-10:-6] = trial.outliers // 4
+    normal[100:195] = np.arange(95)
+    np.savez(folder / "neighbors.npz", edges=np.linspace(-1, 1, 201), mean_outlier=outlier, mean_normal=normal)
+    registers = int(trial.cell.get(REGISTERS) or 0)
+    tokens = ["cls", *(f"register_{number}" for number in range(registers))]
+    maps = np.full((2, len(tokens), *GRID), 0.01, np.float32)
+    for number in range(len(tokens)):
+        maps[:, number, number % 4, (number // 4) % 4] = 0.4
+    np.savez(
+        folder / "attention.npz",
+        images=pixels(),
+        maps=maps,
+        average=maps.mean(axis=0),
+        averaged_images=np.int64(IMAGES),
+        tokens=np.array(tokens),
+        layer=np.int64(LAYERS - 1),
+        head_reduction=np.array("mean"),
+    )
 
 
 def _config(trial: Trial) -> dict[str, Any]:
@@ -148,38 +202,64 @@ def _config(trial: Trial) -> dict[str, Any]:
     return nested
 
 
+def patch_norms(trial: Trial, layer: int = LAYERS - 1, step: int = 20) -> NDArray[np.float64]:
+    """The norms of all patches, [400]: the bulk evenly within a tenth of its middle, then outliers, by layer and step.
+
+    The bulk's middle grows by 2.5 a layer and outliers as steadily to the trial's peak, of half the height at step 10.
+    """
+    bulk = 10.0 + 2.5 * layer
+    top = bulk + (trial.peak - 20.0) * layer / (LAYERS - 1) * step / 20
+    return np.concatenate(
+        [np.linspace(0.9 * bulk, 1.1 * bulk, PATCHES - trial.outliers), np.full(trial.outliers, max(top, bulk))]
+    )
+
+
+def sparse(norms: NDArray[np.float64]) -> list[dict[str, int]]:
+    """The occupied bins of the grid of token_norms, worked out anew: 512 bins a decade from 1e-3 to 1e5."""
+    bins = np.clip(np.floor((np.log10(norms) + 3) * 512), -1, 4096).astype(int) + 1
+    return [
+        {"bin": int(bin_), "count": int(count)}
+        for bin_, count in zip(*np.unique(bins, return_counts=True), strict=True)
+    ]
+
+
+def norm_row(norms: NDArray[np.float64], **keys: Any) -> dict[str, Any]:
+    """The row of token_norms of some norms, by numpy alone; what the analysis only copies is made up."""
+    median = float(np.median(norms))
+    threshold = max(median + 5 * 1.4826 * float(np.median(np.abs(norms - median))), 1.5 * median)
+    return {
+        "source": "probe",
+        "weights": "raw",
+        **keys,
+        "count": len(norms),
+        "mean": float(norms.mean()),
+        "median": median,
+        **dict(zip(("p90", "p98", "p99", "p999"), np.quantile(norms, (0.9, 0.98, 0.99, 0.999)).tolist(), strict=True)),
+        "max": float(norms.max()),
+        "max_over_median": norms.max() / median,
+        "kurtosis": 3.0,
+        "kurtosis_log": 3.0,
+        "outlier_fraction": float((norms > threshold).mean()),
+        "outlier_fraction_150": float((norms > 150).mean()),
+        "otsu_threshold": None,
+        "histogram": sparse(norms),
+    }
+
+
 def _norm_rows(trial: Trial) -> list[dict[str, Any]]:
     rows = []
     registers = int(trial.cell.get(REGISTERS) or 0)
     for step in (10, 20):
         for layer in range(LAYERS):
-            bulk = 10.0 + 2.5 * layer
-            top = bulk + (trial.peak - 20.0) * layer / (LAYERS - 1)
-            for token in ("cls", *(f"register_{i}" for i in range(registers)), "patch"):
-                median = bulk * (2.0 if token.startswith("register") else 1.0)
-                rows.append(
-                    {
-                        "trial_id": trial.trial_id,
-                        "step": step,
-                        "layer": layer,
-                        "token": token,
-                        "source": "probe",
-                        "weights": "raw",
-                        "count": 512,
-                        "mean": median,
-                        "median": median,
-                        "p90": median * 1.1,
-                        "p98": median * 1.2,
-                        "p99": median * 1.3,
-                        "p999": max(top, median),
-                        "max": max(top, median * 1.3),
-                        "max_over_median": top / bulk,
-                        "kurtosis": 3.0,
-                        "kurtosis_log": 3.0,
-                        "outlier_fraction": 0.0,
-                        "outlier_fraction_150": 0.0,
-                        "otsu_threshold": None,
-                        "histogram": [{"bin": 5, "count": 512}],
-                    }
-                )
+            patches = patch_norms(trial, layer, step)
+            single = np.linspace(0.95, 1.05, IMAGES) * (10.0 + 2.5 * layer)
+            tokens = {
+                "cls": single,
+                **{f"register_{i}": single * (2.0 + i) for i in range(registers)},
+                "patch": patches,
+            }
+            rows += [
+                norm_row(norms, trial_id=trial.trial_id, step=step, layer=layer, token=token)
+                for token, norms in tokens.items()
+            ]
     return sorted(rows, key=lambda row: (row["step"], row["layer"], row["token"]))

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.collect import collect
-from analysis.schemas import METRICS, RUNS, TOKEN_NORMS, setting_column, setting_type
+from analysis.schemas import METRICS, RUNS, TOKEN_NORMS, TOKEN_STATISTICS, setting_column, setting_type
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
 
 
@@ -156,3 +156,50 @@ def test_settings_are_typed_from_their_values() -> None:
     assert setting_column([True, 1]).to_pylist() == ["true", "1"]
     assert setting_column(["auto", 64, None]).to_pylist() == ['"auto"', "64", None]
     assert setting_column([[0.8, 1.0], None]).to_pylist() == ["[0.8,1.0]", None]
+
+
+def test_statistics_of_tokens_are_collected_with_null_first(tmp_path: Path) -> None:
+    trial = registers_sweep(counts=(1,), seeds=(0,), details=True)[0]
+    folder = publish(tmp_path / "s", [trial])
+    path = folder / "trials" / "id-1-0" / "token_statistics.parquet"
+    table = pq.read_table(path)
+    extra = {**table.slice(4, 1).to_pylist()[0], "layer": None, "value": 7.0}  # kurtosis of no layer
+    shuffled = pa.concat_tables([table.slice(3), pa.Table.from_pylist([extra], table.schema), table.slice(0, 3)])
+    pq.write_table(shuffled.drop_columns(["trial_id"]), path)
+    frames = collect(folder)
+    assert frames.problems == ()
+    assert frames.token_statistics.schema == TOKEN_STATISTICS
+    rows = frames.token_statistics.to_pylist()
+    assert [(row["name"], row["layer"], row["head"], row["value"]) for row in rows] == [
+        *(("attention/cls/outliers", layer, head, 0.1 * head) for layer in (1, 2) for head in (0, 1)),
+        ("channels/kurtosis", None, None, 7.0),
+        *(("channels/kurtosis", layer, None, 2.0 * layer) for layer in range(5)),
+        ("location/row_cv", 4, None, 0.5),
+    ]
+    assert {row["trial_id"] for row in rows} == {"id-1-0"}
+
+
+def test_trials_of_older_versions_have_no_statistics(tmp_path: Path) -> None:
+    trials = registers_sweep(counts=(0, 1), seeds=(0,))
+    trials[1].details = True
+    frames = collect(publish(tmp_path / "s", trials))
+    assert frames.problems == ()
+    assert set(frames.token_statistics["trial_id"].to_pylist()) == {"id-1-0"}
+    (tmp_path / "s" / "trials" / "id-1-0" / "token_statistics.parquet").write_bytes(b"PAR1 but not really")
+    frames = collect(tmp_path / "s")
+    assert frames.token_statistics.num_rows == 0
+    assert [problem[:50] for problem in frames.problems] == ["trial id-1-0: token_statistics.parquet is unreadab"]
+
+
+def test_what_weights_turned_out_to_be_fills_open_settings(tmp_path: Path) -> None:
+    found = {"model.size": "small", "model.num_registers": 4, "model.pool": "token"}
+    trials = [Trial({"model.weights": name}, 0, result={"found": found}) for name in ("a", "b")]
+    trials[0].config = {"model.size": None}
+    trials[1].result["found"] = ["model.size", "small"]
+    frames = collect(publish(tmp_path / "s", trials))
+    rows = rows_by_id(frames.runs)
+    # The file says nano of the second, and 0 registers of both: what is not null stays.
+    assert [rows[name]["model.size"] for name in ("id-a-0", "id-b-0")] == ["small", "nano"]
+    assert [rows[name]["model.num_registers"] for name in ("id-a-0", "id-b-0")] == [0, 0]
+    assert [rows[name]["model.pool"] for name in ("id-a-0", "id-b-0")] == ["token", None]
+    assert frames.problems == ("trial id-b-0: found in result.json is unreadable: it is not a mapping of settings",)

@@ -15,11 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from analysis import publish as publishing
+from analysis import report
 from analysis.answer import answer, supported
 from analysis.cells import cells, varying
 from analysis.collect import collect
 from analysis.run import Analysis, analyse
 from analysis.tables import ablation
+from analysis.thresholds import METRIC as FROZEN
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
 
 BASELINE = {REGISTERS: 0}
@@ -65,11 +67,12 @@ def terminal_text(analysis: Analysis, width: int = 120) -> str:
 def test_everything_is_written(whole: Analysis) -> None:
     assert whole.problems == ()
     assert {name: path.name for name, path in whole.tables.items()} == {
-        name: f"{name}.parquet" for name in ("runs", "metrics", "token_norms", "ablation")
+        name: f"{name}.parquet" for name in ("runs", "metrics", "token_norms", "token_statistics", "ablation")
     }
     for path in whole.tables.values():
         assert b"pandas" not in (pq.read_schema(path).metadata or {})
-    stems = {"outlier_fraction", "top1", "train_loss", "norms_by_layer", "norm_map"}
+    stems = {"outlier_fraction", "top1", "train_loss", "norm_map", "norm_histogram", "outliers_by_threshold"}
+    stems |= {f"norms_by_{what}" for what in ("layer", "step", "kind", "cell")}
     assert {path.name for path in whole.figures} == {f"{s}.{kind}" for s in stems for kind in ("png", "svg")}
     for path in whole.figures:
         if path.suffix == ".png":
@@ -79,15 +82,19 @@ def test_everything_is_written(whole: Analysis) -> None:
 
 
 def test_the_same_trials_give_the_same_bytes(tmp_path: Path) -> None:
-    trials = registers_sweep(counts=(0, 4), seeds=(0, 1))
+    trials = registers_sweep(counts=(0, 4), seeds=(0, 1), details=True)
     order = list(np.random.default_rng(0).permutation(len(trials)))
     first = publish(tmp_path / "a" / "s", trials, baseline=BASELINE)
     other = publish(tmp_path / "b" / "s", trials[::-1], axes={REGISTERS: [4, 0]}, baseline=BASELINE, written=order)
+    for path in other.glob("trials/*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.take(np.random.default_rng(1).permutation(table.num_rows)), path)
     analyses = [analyse(first), analyse(other), analyse(first)]
-    for name in ("runs", "metrics", "token_norms", "ablation"):
+    for name in ("runs", "metrics", "token_norms", "token_statistics", "ablation"):
         assert len({analysis.tables[name].read_bytes() for analysis in analyses}) == 1, name
-    for kind in (0, 1):  # a picture as PNG and as SVG
-        assert len({analysis.figures[kind].read_bytes() for analysis in analyses}) == 1
+    assert len(analyses[0].figures) == 30  # 15 pictures as PNG and as SVG
+    for paths in zip(*(analysis.figures for analysis in analyses), strict=True):
+        assert len({path.read_bytes() for path in paths}) == 1, paths[0].name
     assert analyses[0].report.read_bytes() == analyses[2].report.read_bytes()
 
 
@@ -100,7 +107,7 @@ def test_the_page_needs_no_network_and_is_accessible(whole: Analysis) -> None:
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     assert {link[1:] for link in links if link.startswith("#")} <= ids
     images = page.of("img")
-    assert len(images) == 5
+    assert len(images) == 10
     assert all(len(image["alt"]) > 40 for image in images)
     assert any("0: 5.13 %; 1: 4.07 %" in image["alt"] for image in images)  # 0.154/3 and 0.122/3
     assert all("scope" in head for head in page.of("th"))
@@ -113,7 +120,7 @@ def test_numbers_lead_to_their_trials(whole: Analysis) -> None:
     words = " ".join(" ".join(page.text).split())
     for text in ("id-0-0", "id-4-1", "run-id-4-1", "abc123", "0123456789abcdef", "sqlite:///mlflow.db", "reg_init_std"):
         assert text in words
-    assert "deit3, 4 registers 84.7 test/linear/top1 deit3, nano, scenes, 4 registers" in words
+    assert "deit3, ViT-B, ImageNet-22k, 4 registers 84.7 test/linear/top1 deit3, nano, scenes, 4 registers" in words
     assert "CPU core hours (hours × threads) 0.24" in words  # 12 trials × 36 s × 2 threads
     assert "1 diverged" in words
 
@@ -130,7 +137,7 @@ def test_nothing_from_outside_becomes_html(tmp_path: Path) -> None:
     page = page_of(analysis)
     assert len(page.of("script")) == 1  # the page's own
     assert not page.of("b")
-    assert len(page.of("img")) == 6
+    assert len(page.of("img")) == 11
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert evil in page.text
     assert '"><script>' not in page.text  # the only value of an axis tells nothing apart, so it is not named
@@ -275,3 +282,74 @@ def test_a_plan_of_one_axis_that_is_not_registers(tmp_path: Path) -> None:
     assert "Top-1 (linear probe, test) against size" in analysis.report.read_text()
     assert "the outlier fraction is not drawn: no finished trial has it" in analysis.problems
     assert json.loads((tmp_path / "s" / "plan.json").read_text())["axes"] == {"model.size": ["nano", "tiny"]}
+
+
+def test_pictures_and_measurements_stand_under_their_headings(tmp_path: Path) -> None:
+    trials = [
+        Trial({"method": method, REGISTERS: count}, 0, {TOP1: 0.5, "locality/position/normal/top1": 0.4}, details=True)
+        for method in ("deit3", "dino")
+        for count in (0, 4)
+    ]
+    for trial in trials:
+        trial.outliers, trial.peak = 8, 90.0
+    analysis = analyse(publish(tmp_path / "s", trials, baseline=BASELINE))
+    page = page_of(analysis)
+    words = " ".join(" ".join(page.text).split())
+    order = [
+        "Scores and training Top-1",
+        "Norms of tokens Histogram of patch norms: deit3",
+        "dino: 4 pictures",
+        "Where outliers are Norm map over images: deit3",
+        "dino: 3 pictures",
+        "Attention Attention of the class token: deit3",
+        "Measurements",
+        "Local information: what patches know of their position and pixels method num_registers top-1 of the position",
+        "deit3 0 40.00",
+        "Reference, not reproduced",
+        "position probe, normal patches, top-1, % (Fig. 5b) DINOv2 ViT-g/14, 0 registers 41.7",
+        "Exploratory metrics",
+    ]
+    places = [words.find(text) for text in order]
+    assert -1 not in places and places == sorted(places)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {"norm_histogram", "norm_histogram_2", "attention_average_2", "filter"} <= set(ids)
+
+
+def test_exploratory_metrics_come_in_their_order_and_are_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("train/loss", "val/knn/top1", "zebra", "attention/last/own", "tokens/own", "test/knn/top1")
+    trials = [Trial({REGISTERS: count}, 0, dict.fromkeys((*names, TOP1), 0.5)) for count in (0, 4)]
+    folder = publish(tmp_path / "s", trials, baseline=BASELINE, primary=[TOP1])
+    titles = exploratory(page_of(analyse(folder)))
+    kinds = ["test/knn/top1", FROZEN, "tokens/own", "attention/last/own", "zebra", "val/knn/top1", "train/loss"]
+    assert titles == [kind for kind in kinds for _ in (0, 4)]
+    monkeypatch.setattr(report, "_MOST_ROWS", 3)
+    analysis = analyse(folder)
+    assert exploratory(page_of(analysis)) == ["test/knn/top1", "test/knn/top1", FROZEN]
+    assert "3 rows that were not declared primary (11 more in tables/ablation.parquet)" in analysis.report.read_text()
+
+
+def exploratory(page: Page) -> list[str]:
+    """The metrics of the exploratory rows, from their titles."""
+    return [head["title"] for head in page.of("th") if head.get("scope") == "row" and "title" in head]
+
+
+def test_released_weights_stand_beside_the_paper_by_what_they_turned_out_to_be(tmp_path: Path) -> None:
+    weights = {"dinov2_g": 0, "dinov2_l_reg4": 4}
+    trials = [
+        Trial(
+            {"model.weights": name},
+            0,
+            {"locality/position/normal/top1": 0.4, TOP1: 0.5},
+            result={"found": {REGISTERS: registers, "model.size": "giant"}},
+            config={"method": None, REGISTERS: None, "model.size": None},
+        )
+        for name, registers in weights.items()
+    ]
+    analysis = analyse(publish(tmp_path / "s", trials, baseline={"model.weights": "dinov2_g"}, primary=[TOP1]))
+    words = " ".join(" ".join(page_of(analysis).text).split())
+    assert "41.7 locality/position/normal/top1 dinov2_g, giant, scenes, 0 registers 40" in words
+    assert "65.8 locality/position/normal/top1 dinov2_l_reg4, giant, scenes, 4 registers 40" in words
+    assert "observational : released weights differ in more than the axis" in words

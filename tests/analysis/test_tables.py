@@ -14,6 +14,7 @@ from analysis.cells import baseline_of, cells
 from analysis.collect import collect
 from analysis.schemas import ABLATION
 from analysis.tables import ablation
+from analysis.thresholds import METRIC as FROZEN
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
 
 COUNTS = ("n", "n_missing", "n_failed", "n_diverged", "n_pruned", "n_stopped")
@@ -34,7 +35,7 @@ def test_columns_types_and_order(tmp_path: Path) -> None:
     table = table_of(tmp_path / "s", registers_sweep(counts=(4, 0, 2, 1)))
     assert table.schema == pa.schema([(REGISTERS, pa.int64()), *ABLATION])
     keys = [(row[REGISTERS], row["metric"]) for row in table.to_pylist()]
-    assert keys == [(r, m) for r in (0, 1, 2, 4) for m in (TOP1, OUTLIERS, "train/loss")]
+    assert keys == [(r, m) for r in (0, 1, 2, 4) for m in (TOP1, OUTLIERS, FROZEN, "train/loss")]
 
 
 def test_numbers_by_hand(tmp_path: Path) -> None:
@@ -122,7 +123,8 @@ def test_idle_settings_do_not_hide_the_baseline(tmp_path: Path) -> None:
     trials = [Trial({REGISTERS: r, std: v}, s, {TOP1: 0.1 * r + s}) for r, v in cell_values for s in (0, 1)]
     table = table_of(tmp_path / "s", trials, primary=[TOP1])
     assert table.schema.field(std).type == pa.float64()
-    assert [row["delta"] for row in table.to_pylist()] == [None, pytest.approx(0.4), pytest.approx(0.4)]
+    deltas = [row["delta"] for row in table.to_pylist() if row["metric"] == TOP1]
+    assert deltas == [None, pytest.approx(0.4), pytest.approx(0.4)]
     # The other way round two cells would fit, so none does.
     plan = collect(tmp_path / "s").plan
     zero = cells(plan)[0]
@@ -171,3 +173,20 @@ def test_pooled_intervals_take_part_where_they_can(tmp_path: Path) -> None:
     row = row_of(table, TOP1, model__num_registers=2)
     assert (row["interval_method"], row["delta_low"]) == ("pooled_dunnett", pytest.approx(expected.low))
     assert row_of(table, "train/loss", model__num_registers=2)["interval_method"] == "paired_t"
+
+
+def test_rows_of_released_weights_are_observational(tmp_path: Path) -> None:
+    weights = "model.weights"
+    trials = [Trial({weights: name}, 0, {TOP1: 0.5}) for name in (None, "vit_small_patch14_dinov2.lvd142m")]
+    table = table_of(tmp_path / "s", trials, baseline={weights: None}, primary=[TOP1])
+    flags = {(row[weights], row["metric"]): row["flags"] for row in table.to_pylist()}
+    assert all("observational" not in found for (name, _), found in flags.items() if name is None)
+    assert all("observational" in found for (name, _), found in flags.items() if name is not None)
+    assert len(flags) == 4
+    # As a setting of all trials rather than an axis.
+    trials = registers_sweep(counts=(0, 4), seeds=(0, 1))
+    for trial in trials:
+        trial.config[weights] = "vit_small_patch14_dinov2.lvd142m"
+    rows = table_of(tmp_path / "same", trials).to_pylist()
+    assert all("observational" in row["flags"] for row in rows)
+    assert not any("observational" in row["flags"] for row in table_of(tmp_path / "t", registers_sweep()).to_pylist())
