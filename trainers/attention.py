@@ -23,10 +23,14 @@ class Layout(NamedTuple):
 
     A mask is what `attention_mask` gives. With one group tokens are kept as x_BTD, with several as x_nD, one group
     after another and image by image.
+
+    Attributes:
+        deleted: of one group in evaluation, tokens that its mask lets no query read, bool [B, T]; see `deleting`.
     """
 
     shapes: tuple[tuple[int, int], ...]
     masks: tuple[Tensor | None, ...]
+    deleted: Tensor | None = None
 
 
 def pack(groups: Sequence[Tensor]) -> Tensor:
@@ -70,6 +74,21 @@ def attention_mask(
         forbidden = is_register[:, None] ^ is_register
     mask = torch.zeros(forbidden.shape, device=device).masked_fill(forbidden, -torch.inf)
     return functional.pad(mask, (0, 1)) if sink else mask
+
+
+def deleting(layout: Layout, deleted_BT: Tensor, sink: bool) -> Layout:
+    """`layout` of one group, in which no query reads the tokens `deleted_BT`: as if they were not there.
+
+    Args:
+        layout: without deleted tokens.
+        deleted_BT: bool [B, T], so that the mask becomes one of each image: [B, 1, 1, T] where there was none, else
+            [B, 1, T, T].
+        sink: whether keys end with one that is no token, which stays readable; the mask is then one column wider.
+    """
+    (mask,) = layout.masks
+    unread = torch.zeros(deleted_BT.shape, device=deleted_BT.device).masked_fill(deleted_BT, -torch.inf)[:, None, None]
+    unread = functional.pad(unread, (0, 1)) if sink else unread
+    return layout._replace(masks=(unread if mask is None else mask + unread,), deleted=deleted_BT)
 
 
 class Attention(TimmAttention):

@@ -154,21 +154,26 @@ class Subject:
             norms_LBT[:, :, -padded_BN.shape[1] :][:, padded_BN] = np.nan
         return norms_LBT, class_token
 
-    def padding(self, split: Split, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        """Which patches of some images consist of padding alone, [n, N]; None where no image is padded."""
+    def padding(
+        self, split: Split, indices: NDArray[np.int64], image_size: int | None = None
+    ) -> NDArray[np.bool_] | None:
+        """Which patches of some images consist of padding alone, [n, N]; None where no image is padded.
+
+        Args:
+            split: its target "content" says which part of its images is no padding.
+            indices: of the images.
+            image_size: side in px at which they are seen, if not that of the model.
+        """
         content = split.targets.get("content")
         if content is None:
             return None
-        side = split.images.shape[1]
-        rows, columns = self.grid
-        x0, y0, x1, y1 = np.asarray(content[indices], np.float64).T[..., None] / side
-        row, column = np.arange(rows), np.arange(columns)
-        rows_hold = (row < y1 * rows) & (row + 1 > y0 * rows)
-        columns_hold = (column < x1 * columns) & (column + 1 > x0 * columns)
-        held: NDArray[np.bool_] = (rows_hold[:, :, None] & columns_hold[:, None, :]).reshape(
-            len(indices), rows * columns
-        )
-        return ~held
+        side, patches = split.images.shape[1], (image_size or self.image_size) // self.model.patch_size
+        # In patches; multiplied first, so that edges which meet a patch's edge give whole numbers.
+        x0, y0, x1, y1 = np.asarray(content[indices], np.float64).T[..., None] * patches / side
+        place = np.arange(patches)
+        rows_hold, columns_hold = (place < y1) & (place + 1 > y0), (place < x1) & (place + 1 > x0)
+        held: NDArray[np.bool_] = rows_hold[:, :, None] & columns_hold[:, None, :]
+        return ~held.reshape(len(indices), patches * patches)
 
     def patch_norms(self, layer: int = -1) -> NDArray[np.float32]:
         """Norms of the probe images' patch tokens at a layer, [B, N]; NaN where a patch is padding.

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from timm.layers.mlp import Mlp, SwiGLUPacked
+from timm.layers.mlp import GluMlp, Mlp, SwiGLUPacked
 from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -87,6 +87,21 @@ class Block(TimmBlock):
 
     def _transform(self, x: Tensor, _layout: Layout) -> Tensor:
         return cast(Tensor, self.ls2(self.mlp(self.norm2(x))))
+
+    def with_neurons(self, x: Tensor, layout: Layout, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        """What becomes of one group x_BTD in evaluation when `edit` changes the neurons of the MLP.
+
+        Neurons are its hidden units after the activation, [B, T, hidden], which enter its second linear layer; of
+        swiglu the product of gate and value.
+        """
+        x, mlp = x + self._attend(x, layout), cast(Any, self.mlp)
+        hidden = mlp.fc1(self.norm2(x))
+        if isinstance(mlp, GluMlp):
+            gate, value = hidden.chunk(2, dim=-1)
+            neurons = mlp.act(gate) * value
+        else:
+            neurons = mlp.act(hidden)
+        return x + cast(Tensor, self.ls2(mlp.fc2(edit(neurons))))
 
 
 class ViT(VisionTransformer):
@@ -208,17 +223,17 @@ class ViT(VisionTransformer):
 
     def _layers(
         self, groups: Sequence[Tensor], masks: Tensor | None = None, crops: Sequence[int] = ()
-    ) -> Iterator[list[Tensor]]:
-        """The residual streams x_BTD of all groups at layer 0 … L."""
+    ) -> Iterator[tuple[list[Tensor], Layout]]:
+        """The residual streams x_BTD of all groups at layer 0 … L, and the layout in which the next block has them."""
         embedded = [self._embed(images, masks if number == 0 else None) for number, images in enumerate(groups)]
-        yield embedded
         layout = self._layout(embedded)
+        yield embedded, layout
         drops = self._draw_drop_path(layout, crops, embedded[0].device)
         in_groups = isinstance(drops[0], Subset)
         streams = embedded if in_groups else [pack(embedded)]
         for block, drop in zip(self._blocks, drops, strict=True):
             streams = self._run(block, streams, layout, drop)
-            yield streams if in_groups else unpack(streams[0], layout.shapes)
+            yield (streams if in_groups else unpack(streams[0], layout.shapes)), layout
 
     def _run(self, block: Any, streams: list[Tensor], layout: Layout, drop: Drop) -> list[Tensor]:
         if self.activation_checkpointing and torch.is_grad_enabled():
@@ -258,18 +273,20 @@ class ViT(VisionTransformer):
         """Normed tokens [B, T, D] of normalised images [B, 3, height, width]; masks are not supported."""
         if attn_mask is not None or is_causal:
             raise ValueError("attention masks are not supported by this backbone")
-        return cast(Tensor, self.norm(self._last([x])[0]))
+        return cast(Tensor, self.norm(self._last([x])[0][0]))
 
-    def _last(self, groups: Sequence[Tensor], masks: Tensor | None = None, crops: Sequence[int] = ()) -> list[Tensor]:
-        for layer, streams in enumerate(self._layers(groups, masks, crops)):
+    def _last(
+        self, groups: Sequence[Tensor], masks: Tensor | None = None, crops: Sequence[int] = ()
+    ) -> tuple[list[Tensor], Layout]:
+        for layer, reached in enumerate(self._layers(groups, masks, crops)):
             if self.tap is not None:
-                self.tap(layer, streams[0])
-        return streams
+                self.tap(layer, reached[0][0])
+        return reached
 
     def tokens(self, images: Tensor, *, normed: bool = True, crops: int = 1) -> Tokens:
         """Tokens of the last block, after the final norm if `normed`; images are one group of `crops` crops."""
-        (x_BTD,) = self._last([images], crops=[crops])
-        return self._split(self.norm(x_BTD) if normed else x_BTD)
+        (x_BTD,), layout = self._last([images], crops=[crops])
+        return self._tokens(x_BTD, layout, normed)
 
     def forward_groups(
         self, groups: Sequence[Tensor], masks: Tensor | None = None, crops: Sequence[int] = ()
@@ -285,16 +302,17 @@ class ViT(VisionTransformer):
         Raises:
             ValueError: masks without a mask token or of another shape, or crops that do not fit the groups.
         """
-        return [self._split(self.norm(x_BTD)) for x_BTD in self._last(groups, masks, crops)]
+        streams, layout = self._last(groups, masks, crops)
+        return [self._tokens(x_BTD, layout, normed=True) for x_BTD in streams]
 
     def residuals(self, images: Tensor) -> Iterator[Tokens]:
         """The residual stream at layer 0 … L, before the final norm."""
-        return (self._split(x_BTD) for (x_BTD,) in self._layers([images]))
+        return (self._tokens(x_BTD, layout, normed=False) for (x_BTD,), layout in self._layers([images]))
 
     def intermediate(self, images: Tensor, layers: Sequence[int], *, normed: bool = True) -> list[Tokens]:
         """Tokens at `layers` (0 … L), all after the final norm if `normed`, as DINOv2's `get_intermediate_layers`."""
-        wanted = {n: x_BTD for n, (x_BTD,) in enumerate(self._layers([images])) if n in layers}
-        return [self._split(self.norm(wanted[layer]) if normed else wanted[layer]) for layer in layers]
+        wanted = {n: (x_BTD, layout) for n, ((x_BTD,), layout) in enumerate(self._layers([images])) if n in layers}
+        return [self._tokens(*wanted[layer], normed) for layer in layers]
 
     def attention(self, images: Tensor, layer: int) -> Tensor:
         """Explicit softmax of block `layer` (1 … L) in float32, [B, H, T, T], rows are queries.
@@ -305,16 +323,13 @@ class ViT(VisionTransformer):
         Raises:
             ValueError: there is no such block.
         """
-        query, key, _ = self.qkv(images, layer)
-        attention = cast(Attention, self._blocks[layer - 1].attn)
-        return attention.probabilities(query, key, self._mask(query.shape[2], query.device))
+        block, x_BTD, layout = self._before(layer, images)
+        return _attention(block, x_BTD, layout)
 
     def attentions(self, images: Tensor) -> Iterator[Tensor]:
         """`attention` of block 1 … L, one after another, in one pass."""
-        for block, (x_BTD,) in zip(self._blocks, self._layers([images]), strict=False):
-            attention = cast(Attention, block.attn)
-            query, key, _ = attention.split_heads(attention.qkv(block.norm1(x_BTD)), *x_BTD.shape[:2])
-            yield attention.probabilities(query, key, self._mask(x_BTD.shape[1], x_BTD.device))
+        for block, ((x_BTD,), layout) in zip(self._blocks, self._layers([images]), strict=False):
+            yield _attention(block, x_BTD, layout)
 
     def qkv(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the tokens in block `layer` (1 … L), each [B, H, T, C], without the sink's.
@@ -322,16 +337,29 @@ class ViT(VisionTransformer):
         Raises:
             ValueError: there is no such block.
         """
+        block, x_BTD, _ = self._before(layer, images)
+        return _qkv(block, x_BTD)
+
+    def _before(self, layer: int, images: Tensor) -> tuple[Any, Tensor, Layout]:
+        """Block `layer`, and what enters it."""
         if not 1 <= layer <= self.depth:
             raise ValueError(f"layer is {layer}; allowed: 1 to {self.depth}")
-        (x_BTD,) = next(islice(self._layers([images]), layer - 1, None))
-        block = self._blocks[layer - 1]
-        attention = cast(Attention, block.attn)
-        return attention.split_heads(attention.qkv(block.norm1(x_BTD)), *x_BTD.shape[:2])
+        (x_BTD,), layout = next(islice(self._layers([images]), layer - 1, None))
+        return self._blocks[layer - 1], x_BTD, layout
 
-    def _split(self, x_BTD: Tensor) -> Tokens:
-        first = 1 + self.num_registers
+    def _tokens(self, x_BTD: Tensor, _layout: Layout, normed: bool) -> Tokens:
+        x_BTD, first = self.norm(x_BTD) if normed else x_BTD, 1 + self.num_registers
         return Tokens(x_BTD[:, 0], x_BTD[:, 1:first], x_BTD[:, first:])
+
+
+def _qkv(block: Any, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attention = cast(Attention, block.attn)
+    return attention.split_heads(attention.qkv(block.norm1(x_BTD)), *x_BTD.shape[:2])
+
+
+def _attention(block: Any, x_BTD: Tensor, layout: Layout) -> Tensor:
+    query, key, _ = _qkv(block, x_BTD)
+    return cast(Attention, block.attn).probabilities(query, key, layout.masks[0])
 
 
 def _mlp(kind: str, width: int, ratio: float) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from trainers.config import DataConfig, ExecutionConfig
+from tests.trainers.runs import run
+from trainers.config import DataConfig, ExecutionConfig, identity, resolve
 from trainers.data import SPLITS, DataSet, open_data
-from trainers.data.image_folder import decode
+from trainers.data.image_folder import build, decode
+from trainers.tokens import table as token_table
 
 SIDE = 8
 
@@ -215,16 +217,101 @@ def test_decoding_is_resize_and_centre_crop(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (48, 80, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     reference = Image.fromarray(noise).resize((40, 24), Image.Resampling.BICUBIC).crop((8, 0, 32, 24))
-    np.testing.assert_array_equal(decode(tmp_path / "a.png", 24), np.asarray(reference))
+    np.testing.assert_array_equal(decode(tmp_path / "a.png", 24).pixels, np.asarray(reference))
     tall = noise.transpose(1, 0, 2).copy()
     Image.fromarray(tall).save(tmp_path / "b.png")
     enlarged = Image.fromarray(tall).resize((96, 160), Image.Resampling.BICUBIC).crop((0, 32, 96, 128))
-    np.testing.assert_array_equal(decode(tmp_path / "b.png", 96), np.asarray(enlarged))
+    np.testing.assert_array_equal(decode(tmp_path / "b.png", 96).pixels, np.asarray(enlarged))
+
+
+@pytest.mark.parametrize(
+    ("size", "content"),
+    [
+        ((12, 6), (0, 4, 16, 12)),  # enlarged by 16 / 12
+        ((64, 128), (4, 0, 12, 16)),
+        ((30, 30), (0, 0, 16, 16)),
+        ((80, 70), (0, 1, 16, 15)),
+        ((64, 36), (0, 3, 16, 12)),  # 9 rows: 3 margins above, 4 below
+        ((60_000, 1), (0, 7, 16, 8)),
+    ],
+)
+def test_padding_shows_all_of_the_picture(
+    tmp_path: Path, size: tuple[int, int], content: tuple[int, int, int, int]
+) -> None:
+    width, height = size
+    noise = np.random.default_rng(0).integers(50, 256, (height, width, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    pixels, found = decode(tmp_path / "a.png", 16, "pad")
+    assert (found.dtype, tuple(found)) == (np.float32, content)
+    x0, y0, x1, y1 = content
+    reference = Image.fromarray(noise).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(pixels[y0:y1, x0:x1], np.asarray(reference))
+    margins = np.ones((16, 16), bool)
+    margins[y0:y1, x0:x1] = False
+    assert (pixels[margins] == 0).all()
+
+
+def test_padding_sees_the_picture_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # stored lying: 8 × 16 is shown 16 high
+    Image.new("RGB", (16, 8), "red").save(tmp_path / "a.jpg", exif=exif)
+    assert decode(tmp_path / "a.jpg", 16, "pad").content.tolist() == [4, 0, 12, 16]
+
+
+def test_a_padded_data_set_says_what_is_content_and_provides_no_more(tmp_path: Path) -> None:
+    root, cache = place(tmp_path / "root", train=6, validation=2, test=2), tmp_path / "cache"
+    truncated(root / "train" / "bee" / "broken.jpg")
+    cropped = opened(root, cache, max_unreadable=0.1)
+    padded = opened(root, cache, max_unreadable=0.1, fit="pad")
+    for split in SPLITS:
+        part = getattr(padded, split)
+        # 12 × 10 at 8 px: 7 rows of 6.67; one margin, below
+        assert part.targets["content"].dtype == np.float32
+        assert (part.targets["content"] == [0, 0, 8, 7]).all()
+        assert len(part.targets["content"]) == len(part)
+        assert part.images[:, 7].max() == 0
+        assert [tuple(image[0, 0]) for image in part.images] == [tuple(i[0, 0]) for i in getattr(cropped, split).images]
+        assert list(part.paths) == list(getattr(cropped, split).paths)
+        assert "content" not in getattr(cropped, split).targets
+    assert padded.provides == cropped.provides == ("classes",)
+    assert padded.unreadable == cropped.unreadable == ("train/bee/broken.jpg",)
+    assert padded.fingerprint != cropped.fingerprint
+
+
+def test_padding_does_not_touch_caches_and_identities_of_before(tmp_path: Path) -> None:
+    root = place(tmp_path / "root", train=2, validation=1, test=1)
+    execution = ExecutionConfig(data_root=str(root))
+    values = {"train": "image_folder", "name": "insects", "scenes": None}
+    keys = {fit: build(DataConfig(fit=fit, **values), execution, SIDE, tmp_path).key for fit in ("crop", "pad")}
+    assert set(keys["crop"]) == {"seed", "side", "validation_fraction", "files"}
+    assert keys["pad"] == {**keys["crop"], "fit": "pad"}
+    folder = {"data.train": "image_folder", "data.name": "insects"}
+    assert "data.fit" not in identity(resolve(folder))
+    assert identity(resolve({**folder, "data.fit": "pad"}))["data.fit"] == "pad"
+    for name in ("scenes", "fashion_mnist"):  # where it has no effect
+        assert resolve({"data.train": name, "data.fit": "pad"}) == resolve({"data.train": name})
+    assert resolve({"data.train": "own.birds:build", "data.fit": "pad"}).data.fit == "pad"  # whose code is given it
+
+
+def test_a_trial_leaves_padding_out_of_its_norms(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    place(tmp_path / "root", train=8, validation=6, test=4)
+    folder = {"data.train": "image_folder", "data.name": "insects", "execution.data_root": str(tmp_path / "root")}
+    measured = {"tokens.measurements": ["location"], "evaluation.points": 1, "optim.steps": 1, "data.decode_size": 32}
+    settings = {**tiny, **folder, **measured, "data.fit": "pad", "model.patch_size": 2}
+    (tmp_path / "trial").mkdir()
+    _, reports = run(settings, tmp_path / "trial", tmp_path / "cache")
+    # 12 × 10 at 32 px: 27 rows of 26.67, from 2 to 29: of 16 rows of patches the first and the last are padding.
+    assert reports[1]["tokens/padding_fraction"] == 2 / 16
+    rows = token_table.read(tmp_path / "trial" / "token_norms.parquet")
+    counts = {row.statistics.count for row in rows if row.source == "probe" and row.token == "patch"}
+    assert counts == {16 * 16 * 14}
 
 
 def test_a_long_strip_needs_little_memory(tmp_path: Path) -> None:
     Image.new("RGB", (60_000, 1), "teal").save(tmp_path / "strip.png")
-    assert (decode(tmp_path / "strip.png", 256) == (0, 128, 128)).all()  # 60,000 · 256 · 256 · 3 B would be 12 GB
+    assert (
+        decode(tmp_path / "strip.png", 256).pixels == (0, 128, 128)
+    ).all()  # 60,000 · 256 · 256 · 3 B would be 12 GB
 
 
 def test_large_jpegs_decode_at_a_fraction_with_little_difference(tmp_path: Path) -> None:
@@ -232,7 +319,7 @@ def test_large_jpegs_decode_at_a_fraction_with_little_difference(tmp_path: Path)
     smooth = (127 + 100 * np.stack([np.sin(rows), np.cos(columns), np.sin(rows + columns)], 2)).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "a.jpg", quality=95)
     Image.open(tmp_path / "a.jpg").convert("RGB").save(tmp_path / "a.png")
-    difference = decode(tmp_path / "a.jpg", 16).astype(int) - decode(tmp_path / "a.png", 16).astype(int)
+    difference = decode(tmp_path / "a.jpg", 16).pixels.astype(int) - decode(tmp_path / "a.png", 16).pixels.astype(int)
     assert np.abs(difference).max() <= 3
 
 
@@ -255,7 +342,7 @@ def test_the_orientation_of_exif_is_applied(tmp_path: Path, orientation: int) ->
     exif = Image.Exif()
     exif[274] = orientation
     stored.save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
-    decoded = decode(tmp_path / "a.jpg", 8)
+    decoded = decode(tmp_path / "a.jpg", 8).pixels
     for y, x, expected in ((1, 1, (250, 0, 0)), (1, 6, (0, 250, 0)), (6, 1, (0, 0, 250)), (6, 6, (0, 0, 0))):
         assert np.abs(decoded[y, x].astype(int) - expected).max() <= 12
 
@@ -276,6 +363,6 @@ def test_all_kinds_of_pixels_become_rgb(tmp_path: Path) -> None:
     }
     for name, (image, expected, options) in kinds.items():
         image.save(tmp_path / name, **options)
-        decoded = decode(tmp_path / name, 4)
+        decoded = decode(tmp_path / name, 4).pixels
         assert (decoded.shape, decoded.dtype) == ((4, 4, 3), np.uint8)
         assert np.abs(decoded.astype(int) - expected).max() <= 2, name

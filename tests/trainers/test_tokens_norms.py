@@ -150,6 +150,52 @@ def test_metrics_of_two_evaluations_are_refused() -> None:
     assert norms.last_layer_metrics([*rows, *training]) == norms.last_layer_metrics(rows)
 
 
+def _evaluated(*fractions: float | None) -> list[norms.NormRow]:
+    """Patch rows of consecutive steps 10, 20, … of two layers; these are the last layer's outlier fractions."""
+    rows = []
+    for number, fraction in enumerate(fractions, start=1):
+        for layer, value in ((0, 0.9), (1, fraction)):
+            statistics = norms.NormStatistics(count=100, outlier_fraction=value)
+            rows.append(norms.NormRow("t", 10 * number, layer, "patch", "probe", "raw", statistics))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("fractions", "step"),
+    [
+        ((0.01,), 10.0),
+        ((0.0,), None),
+        ((None,), None),
+        ((0.0, 0.01), 20.0),
+        ((0.01, 0.0), None),
+        ((0.01, None), None),
+        ((0.01, None, 0.01), 30.0),
+        ((0.0, 0.01, 0.01), 20.0),
+        ((0.0, 0.01, 0.01, 0.01, 0.0), 20.0),
+        ((0.01, 0.01, 0.0, 0.0, 0.01), 50.0),
+        ((), None),
+    ],
+)
+def test_onset_step_of_short_runs(fractions: tuple[float | None, ...], step: float | None) -> None:
+    rows = _evaluated(*fractions)
+    expected = {} if step is None else {"tokens/onset_step": step}
+    assert norms.onset_step(rows) == expected
+    assert norms.onset_step(rows[::-1]) == expected  # rows come in any order
+    other = [dataclasses.replace(row, source="train") for row in rows]
+    registers = [dataclasses.replace(row, token="register_0") for row in rows]
+    assert norms.onset_step([*other, *registers]) == {}
+
+
+def test_onset_layer_of_one_layer_and_of_two() -> None:
+    assert norms.last_layer_metrics(_evaluated(0.01)) == {
+        "tokens/last/outlier_fraction": 0.01,
+        "tokens/onset_layer": 0.0,
+    }
+    (only,) = (row for row in _evaluated(0.01) if row.layer == 0)
+    assert norms.last_layer_metrics([only])["tokens/onset_layer"] == 0.0
+    assert norms.last_layer_metrics(_evaluated(None)) == {}  # no patches at the last layer: nothing to say of it
+
+
 def test_grid() -> None:
     edges = histogram.bin_edges()
     assert histogram.NUM_BINS >= 2_048 and len(edges) == histogram.NUM_BINS + 1

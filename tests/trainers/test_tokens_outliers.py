@@ -157,6 +157,22 @@ def test_otsu_gap_middle_and_degenerate_counts() -> None:
         ([0, None, 0.01, 0.01], 2),
         ([0, 0, 0], None),
         ([], None),
+        # One, two and three points: as many as there are must exceed it, and a missing one never does.
+        ([0.01], 0),
+        ([0.005], None),
+        ([None], None),
+        ([0.01, 0.01], 0),
+        ([0, 0.01], 1),
+        ([None, 0.01], 1),
+        ([0.01, None], None),
+        ([0, 0, 0.01], 2),
+        ([0.01, 0, 0.01], 2),
+        ([0.01, None, 0.01], 2),
+        ([0.01, 0.01, None], None),
+        ([0.01, 0.01, 0], None),
+        # A missing fraction parts a run in two.
+        ([0.01, 0.01, None, 0.01, 0.01, 0.01, 0], 3),
+        ([0.01, None, 0.01, None, 0, 0], None),
     ],
 )
 def test_onset(fractions: list[float | None], onset: int | None) -> None:

@@ -31,7 +31,8 @@ class Split:
         targets: by what `trainers.catalog.PROVISIONS` calls them. "classes": int64 [n]. "segmentation": uint8
             [n, S, S], 0 is background and 1 + c is class c. "depth": float16 [n, S, S], metres. "boxes": float32
             [n, K, 5] as x0, y0, x1, y1 in px (x1 and y1 exclusive) and class, rows of NaN where an image has fewer
-            than K objects, the largest object first. "captions": a sequence of n strings.
+            than K objects, the largest object first. "captions": a sequence of n strings. Besides, where images are
+            padded, "content": float32 [n, 4], x0, y0, x1, y1 in px (x1 and y1 exclusive) of what is no padding.
         paths: of an image folder, relative to its root; None elsewhere.
     """
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,8 @@ def build(config: DataConfig, execution: ExecutionConfig, side: int, cache: Path
     Classes are the folders of `train`, sorted; class folders of the other splits must be among them. A root without a
     validation folder gets a fixed, stratified `data.validation_fraction` of the training images; without a test
     folder, the same fraction of the training images as a test set, taken first. Each split is in a fixed random
-    order. Names that begin with a dot and other suffixes than `SUFFIXES` are passed over.
+    order. Names that begin with a dot and other suffixes than `SUFFIXES` are passed over. With `data.fit` pad images
+    stand whole between black margins, and the target "content" says where.
 
     Raises:
         ValueError: the folders are not as described.
@@ -68,16 +70,18 @@ def build(config: DataConfig, execution: ExecutionConfig, side: int, cache: Path
         with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without the interpreter's lock
             for split in SPLITS:
                 for batch in _batches(splits[split], side, workers):
-                    _decode_batch(root, split, batch, side, pool, writer)
+                    _decode_batch(root, split, batch, side, config.fit, pool, writer)
                     done += len(batch.paths)
                     progress(f"decoding {config.name}", done, total)
 
-    key = {
+    key: dict[str, object] = {
         "seed": config.seed,
         "side": side,
         "validation_fraction": config.validation_fraction,
         "files": digest,
     }
+    if config.fit != "crop":  # caches from before there was a choice stay valid
+        key["fit"] = config.fit
     return Source(config.name or "image_folder", key, class_names, write, total, config.max_unreadable)
 
 
@@ -179,33 +183,49 @@ def _batches(listing: _Listing, side: int, workers: int) -> Iterator[_Listing]:
         yield listing.where(np.arange(start, min(start + size, len(listing.paths))))
 
 
-def _decode_batch(root: Path, split: str, batch: _Listing, side: int, pool: ThreadPoolExecutor, writer: Writer) -> None:
-    decoded = list(pool.map(lambda path: _attempt(root / path, side), batch.paths))
-    good = np.array([isinstance(image, np.ndarray) for image in decoded])
-    for path, image in zip(batch.paths, decoded, strict=True):
-        if isinstance(image, str):
-            writer.skip(path, image)
-    images = [image for image in decoded if isinstance(image, np.ndarray)]
+def _decode_batch(
+    root: Path, split: str, batch: _Listing, side: int, fit: str, pool: ThreadPoolExecutor, writer: Writer
+) -> None:
+    decoded = list(pool.map(lambda path: _attempt(root / path, side, fit), batch.paths))
+    for path, result in zip(batch.paths, decoded, strict=True):
+        if isinstance(result, str):
+            writer.skip(path, result)
+    images = [result for result in decoded if not isinstance(result, str)]
     if images:
-        kept = batch.where(good)
-        writer.append(split, np.stack(images), {"classes": kept.classes}, kept.paths)
+        kept = batch.where(np.array([not isinstance(result, str) for result in decoded]))
+        targets = {"classes": kept.classes}
+        if fit == "pad":
+            targets["content"] = np.stack([image.content for image in images])
+        writer.append(split, np.stack([image.pixels for image in images]), targets, kept.paths)
 
 
-def _attempt(path: Path, side: int) -> npt.NDArray[np.uint8] | str:
+def _attempt(path: Path, side: int, fit: str) -> Square | str:
     """The decoded image, or why there is none."""
     try:
         if not path.is_file():  # a pipe would block
             return "is not a file"
-        return decode(path, side)
+        return decode(path, side, fit)
     except Exception as error:  # noqa: BLE001  (decoders raise nearly anything on damaged files; all are named)
         return f"{type(error).__name__}: {error}"
 
 
-def decode(path: Path, side: int) -> npt.NDArray[np.uint8]:
-    """An image file as uint8 [side, side, 3]: RGB, turned as EXIF says, centre square, resized bicubic, antialiased.
+class Square(NamedTuple):
+    """A decoded image: pixels uint8 [side, side, 3], and where they show it, float32 [4]: x0, y0, x1, y1 in px."""
 
-    The same as resizing the shorter side and then cropping, but its memory is bounded for long strips too. Transparent
-    parts become white; 16-bit greys keep their upper bits; of an animation the first frame is taken.
+    pixels: npt.NDArray[np.uint8]
+    content: npt.NDArray[np.float32]  # x1 and y1 exclusive
+
+
+def decode(path: Path, side: int, fit: str = "crop") -> Square:
+    """An image file as a square of `side` px: RGB, turned as EXIF says, resized bicubic, antialiased.
+
+    Transparent parts become white; 16-bit greys keep their upper bits; of an animation the first frame is taken.
+
+    Args:
+        path: of the file.
+        side: in px.
+        fit: "crop" shows the centre square, which is the same as resizing the shorter side and then cropping, but its
+            memory is bounded for long strips too; "pad" shows all of the image, centred, between black margins.
 
     Raises:
         ValueError: more than MAX_PIXELS, or a kind of pixels that has no defined range.
@@ -219,11 +239,26 @@ def decode(path: Path, side: int) -> npt.NDArray[np.uint8]:
         file.load()
         ImageOps.exif_transpose(file, in_place=True)
         image = _rgb(file)
+    return _padded(image, side) if fit == "pad" else _cropped(image, side)
+
+
+def _cropped(image: Image.Image, side: int) -> Square:
     width, height = image.size
     shorter = min(width, height)
     left, top = (width - shorter) / 2, (height - shorter) / 2
     square = (left, top, left + shorter, top + shorter)
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=square))
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=square))
+    return Square(pixels, np.array([0, 0, side, side], np.float32))
+
+
+def _padded(image: Image.Image, side: int) -> Square:
+    longer = max(image.size)
+    width, height = (max(1, round(length * side / longer)) for length in image.size)
+    left, top = (side - width) // 2, (side - height) // 2
+    pixels = np.zeros((side, side, 3), np.uint8)
+    whole = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    pixels[top : top + height, left : left + width] = whole
+    return Square(pixels, np.array([left, top, left + width, top + height], np.float32))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,80 +1,117 @@
 """Statistics over channels of the residual stream: massive activations, kurtosis, max-median ratio (paper.md §5, 7).
 
-Shapes: B images, T tokens, D width, n = B · T tokens.
+Shapes: B images, N patches, T = class token + R + N tokens, D width, K kinds of token (class, each register, patches).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainers import vit
+from trainers.device import moved
 from trainers.measurement import Finding, Metric, Statistic, Subject
+from trainers.tokens.norms import token_kinds
 
-# Sun et al. 2024, "Massive Activations in Large Language Models": above 100 and about 1,000 times the median.
+# Sun et al. 2024, "Massive Activations in Large Language Models" (arXiv 2402.17762): above 100, and at least about
+# 1,000 times the median of the hidden state, which is that of one input.
 MASSIVE = 100.0
 MASSIVE_RATIO = 1_000.0
 TOP = 3  # largest activations that are kept
 
+_CHUNK = 16  # images at a time: a layer of ViT-g on 16 images of 37 × 37 patches takes 135 MB in float32
+
 
 class Channels:
-    """Sums over the tokens of one layer, batch by batch; exact but for `median`, which averages over batches."""
+    """Statistics of one layer, added batch by batch on the device.
 
-    def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
-        self._squares_D = torch.zeros(width, dtype=torch.float64, device=device)
-        self._top = torch.zeros(TOP, dtype=torch.float64, device=device)
-        self._massive = torch.zeros((), dtype=torch.int64, device=device)
-        self._ratios = torch.zeros((), dtype=torch.float64, device=device)
-        self._medians = torch.zeros((), dtype=torch.float64, device=device)
-        self._tokens = self._images = 0
+    All are means over images or over tokens, so that they do not depend on how images fall into batches but for the
+    rounding of sums in float64. A median of an even number of values is the lower of the two in the middle, as in the
+    code of the sources.
 
-    def update(self, x_BTD: Tensor) -> None:
-        """Add the tokens of one batch. A batch's median |x| is over all of its tokens and channels."""
-        size_nD = x_BTD.detach().flatten(0, -2).double().abs()
-        count = len(size_nD)
-        median = size_nD.median()
-        self._squares_D += size_nD.square().sum(dim=0)
-        self._top = torch.cat([self._top, size_nD.flatten().topk(min(TOP, size_nD.numel())).values]).topk(TOP).values
-        self._massive += ((size_nD > MASSIVE) & (size_nD >= MASSIVE_RATIO * median)).sum()
-        self._ratios += (size_nD.amax(dim=1) / size_nD.median(dim=1).values).sum()
-        self._medians += median * count
-        self._tokens += count
-        self._images += len(x_BTD)
+    Args:
+        kinds: of token, in their order along T; the last is that of all patches.
+    """
 
-    def result(self) -> dict[str, float]:
-        """Statistics by name; ratios to a median of 0 are infinite.
+    def __init__(self, kinds: Sequence[str]) -> None:
+        self._kinds = tuple(kinds)
+        self._squares: list[Tensor] = []  # of each batch [D], summed over its tokens
+        self._images: list[Tensor] = []  # of each batch [B, numbers of an image]
+        self._ratios: list[Tensor] = []  # of each batch their sum, and of how many tokens
 
-        top1 … top3      the largest |x|
-        median           of |x|
-        massive          activations above 100 and above 1,000 medians, per image
-        kurtosis         mean(s⁴) / mean(s²)² over channels, s the root mean square of a channel: 1 where all are equal,
-                         D where one channel holds everything (He et al. 2024, arXiv 2405.19279)
-        max_over_median  mean over tokens of max|x| / median|x| (the same)
+    @property
+    def names(self) -> list[tuple[str, str | None]]:
+        """What `values` holds: name, and kind of token or None where it is of all tokens.
+
+        kurtosis         mean(s⁴) / mean(s²)² over channels, s the root mean square of a channel over tokens, not
+                         centred: 1 where all are equal, D where one channel holds everything (He et al. 2024,
+                         arXiv 2405.19279, equation 1; their code reports this minus 1, of centred tokens)
+        max_over_median  mean over tokens of max|x| / median|x| (the same, equation 2); infinite where a median is 0
+        massive          activations above 100 and at least 1,000 times the image's median, per image
+        median           of an image's |x|, mean over images, as locuslab/massive-activations:main_vit.py
+        top1 … top3      the largest |x| of an image, mean over images (the same)
         """
-        square = self._squares_D / self._tokens
-        top = {f"top{rank}": value for rank, value in enumerate(self._top.tolist(), start=1)}
-        return top | {
-            "median": float(self._medians) / self._tokens,
-            "massive": float(self._massive) / self._images,
-            "kurtosis": float(square.square().mean() / square.mean().square()),
-            "max_over_median": float(self._ratios) / self._tokens,
-        }
+        of_all = ("kurtosis", "max_over_median", "massive", "median", *(f"top{rank + 1}" for rank in range(TOP)))
+        kinds = [(name, kind) for name in ("massive", "top1") for kind in self._kinds]
+        return [*((name, None) for name in of_all), *kinds]
+
+    def update(self, x_BTD: Tensor, padded_BN: NDArray[np.bool_] | None = None) -> None:
+        """Add the tokens of some images, without the patches that are padding; bf16 and fp16 are exact in float32."""
+        size_BTD = known_BTD = x_BTD.detach().float().abs()
+        median: Callable[..., Any] = torch.median
+        if padded_BN is not None and padded_BN.any():
+            left_out = self._mask(padded_BN, x_BTD.device)
+            size_BTD = size_BTD.masked_fill(left_out, 0.0)  # neither large nor counted
+            known_BTD, median = known_BTD.masked_fill(left_out, torch.nan), torch.nanmedian
+        median_B = median(known_BTD.flatten(1), dim=1).values
+        bound_B11 = (MASSIVE_RATIO * median_B)[:, None, None]
+        massive_BT = ((size_BTD > MASSIVE) & (size_BTD >= bound_B11)).sum(dim=2)
+        largest_BT = size_BTD.amax(dim=2)
+        ratio_BT = largest_BT.double() / median(known_BTD, dim=2).values.double()
+        has_ratio_BT = largest_BT != 0  # not of a token of zeros, nor of one that is left out
+        self._ratios.append(torch.stack([torch.where(has_ratio_BT, ratio_BT, 0.0).sum(), has_ratio_BT.sum()]))
+        self._squares.append(torch.linalg.vector_norm(size_BTD, dim=(0, 1), dtype=torch.float64).square())
+        of_all = [massive_BT.sum(dim=1), median_B, *size_BTD.flatten(1).topk(TOP, dim=1).values.unbind(dim=1)]
+        single = len(self._kinds) - 1
+        of_kinds = [*massive_BT[:, :single].unbind(dim=1), massive_BT[:, single:].sum(dim=1)]
+        of_kinds += [*largest_BT[:, :single].unbind(dim=1), largest_BT[:, single:].amax(dim=1)]
+        self._images.append(torch.stack([value_B.double() for value_B in (*of_all, *of_kinds)], dim=1))
+
+    def _mask(self, padded_BN: NDArray[np.bool_], device: torch.device) -> Tensor:
+        """Which tokens are left out, [B, T, 1]."""
+        others = np.zeros((len(padded_BN), len(self._kinds) - 1), np.bool_)
+        return moved(torch.from_numpy(np.concatenate([others, padded_BN], axis=1)), device)[..., None]
+
+    def values(self) -> Tensor:
+        """The statistics that `names` names, float64 on the device; NaN where one is undefined."""
+        square_D = torch.stack(self._squares).sum(dim=0)  # over how many tokens makes no difference
+        kurtosis = square_D.square().mean() / square_D.mean().square()
+        ratio, counted = torch.stack(self._ratios).sum(dim=0)
+        return torch.cat([torch.stack([kurtosis, ratio / counted]), torch.cat(self._images).mean(dim=0)])
 
 
 def measure(subject: Subject, settings: None) -> Iterator[Finding]:
-    """`channels/…` of every layer over the detail images; of the last layer as metrics."""
+    """`channels/…` of every layer over the detail images; of the last layer as metrics. Absent where undefined."""
     backbone = cast(vit.Backbone, subject.backbone)
+    pixels = subject.probe_images(subject.tokens.detail_images)
+    padded_BN = subject.padding(subject.data.validation, np.arange(len(pixels)))
     layers: list[Channels] = []
-    for images in subject.batches(subject.probe_images(subject.tokens.detail_images)):
+    seen = 0
+    for images in subject.batches(pixels, _CHUNK):
+        padded = None if padded_BN is None else padded_BN[seen : seen + len(images)]
+        seen += len(images)
         for layer, tokens in enumerate(backbone.residuals(images)):
             if layer == len(layers):
-                layers.append(Channels(backbone.embed_dim, subject.device))
-            layers[layer].update(vit.together(tokens))
-    for layer, channels in enumerate(layers):
-        found = channels.result()
-        yield from (Statistic(f"channels/{name}", value, layer) for name, value in found.items())
+                layers.append(Channels(token_kinds(subject.num_registers, tokens.cls_BD is not None)))
+            layers[layer].update(vit.together(tokens), padded)
+    for layer, values in enumerate(torch.stack([channels.values() for channels in layers]).tolist()):
+        found = {place: value for place, value in zip(layers[layer].names, values, strict=True) if not np.isnan(value)}
+        yield from (Statistic(f"channels/{name}", value, layer, None, kind) for (name, kind), value in found.items())
     for name in ("kurtosis", "max_over_median", "massive"):
-        yield Metric(f"channels/last/{name}", found[name])
+        if (name, None) in found:
+            yield Metric(f"channels/last/{name}", found[name, None])
