@@ -9,5 +9,6 @@ BENCHMARKS = {
     "trainer_throughput": "benchmarks.trainer_throughput:measure",  # training step, against others' loops
     "machine_share": "benchmarks.machine_share:measure",  # training step, against what the cores can do
     "sweep_overhead": "benchmarks.sweep_overhead:measure",  # a sweep, against trials in a bare loop
+    "logistic_regression": "benchmarks.logistic_regression:measure",  # all C of a protocol, against scikit-learn
     "trial_turnaround": "benchmarks.trial_turnaround:measure",  # no-op trials, against fresh processes
 }

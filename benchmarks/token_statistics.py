@@ -19,6 +19,7 @@ from trainers.augment import normalize
 from trainers.config import TrialConfig
 from trainers.data import DataSet
 from trainers.evaluate import Evaluation
+from trainers.measurement import Subject
 from trainers.streams import Streams
 from trainers.tokens.stream import TrainingStream
 
@@ -30,7 +31,7 @@ REGISTERS = 4
 
 
 def measure(settings: Settings) -> Report:
-    """Per shape: statistics of a step : step without them; probe pass : the steps between two of them."""
+    """Per shape: statistics of a step : step without them; probe passes, plain and measured : steps between two."""
     torch.set_num_threads(settings.threads)
     comparisons = [comparison for shape in STEPS for comparison in _shape(shape, settings)]
     goals = [c for c in comparisons if c.goal is not None]
@@ -44,10 +45,10 @@ def _shape(shape: str, settings: Settings) -> Iterator[Comparison]:
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         data = decoded(config, Path(name))
         stream = _StreamSide(config, data, steps)
-        sides: list[Side] = [stream, _ProbeSide(config, data)]
+        sides: list[Side] = [stream, _ProbeSide(config, data), _MeasuredSide(config, data)]
         seconds = train_in_turns(config, Path(name), sides, blocks=settings.pairs, seconds=SECONDS, steps=steps)
-    without, statistics, probe = (
-        [1e3 * s / n for s in side] for side, n in zip(seconds, (steps, steps, 1), strict=True)
+    without, statistics, probe, measured = (
+        [1e3 * s / n for s in side] for side, n in zip(seconds, (steps, steps, 1, 1), strict=True)
     )
     step = f"trainers.train.train, deit3 {shape} fp32, batch {config.optim.batch_size}, statistics off, a whole step"
     taken = "norms of all tokens of all layers and TrainingStream.update, of one such step"
@@ -56,6 +57,8 @@ def _shape(shape: str, settings: Settings) -> Iterator[Comparison]:
     between = f"{PROBE_EVERY} such steps"
     many = [PROBE_EVERY * s for s in without]
     yield Comparison(f"{shape}: probe pass, amortised", (passed, between), probe, many, "ms", None)
+    named = f"{passed}, and {', '.join(config.tokens.measurements)}"
+    yield Comparison(f"{shape}: probe pass with measurements, amortised", (named, between), measured, many, "ms", None)
 
 
 class _StreamSide:
@@ -87,5 +90,19 @@ class _ProbeSide:
 
     def __call__(self) -> float:
         started = time.perf_counter()
-        self._evaluation.token_rows(self._evaluation.subject(self._backbone, 0), "raw")
+        self._pass()
         return time.perf_counter() - started
+
+    def _pass(self) -> Subject:
+        subject = self._evaluation.subject(self._backbone, 0)
+        self._evaluation.token_rows(subject, "raw")
+        return subject
+
+
+class _MeasuredSide(_ProbeSide):
+    """The same, and what is measured at every evaluation besides norms."""
+
+    def _pass(self) -> Subject:
+        subject = super()._pass()
+        self._evaluation.measure(subject, "raw", Path("unused"), at_end=False)
+        return subject

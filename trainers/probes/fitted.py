@@ -41,7 +41,9 @@ class Probes:
         self._view: Callable[[Tensor], Tensor] = functools.partial(evaluation_view, image_size=image_size)
 
     def fit(self, backbone: nn.Module) -> FittedProbes:
-        """Probes that have learned from features of training images."""
+        """Probes that have learned from features of training images; without probes no image is looked at."""
+        if not self._settings.probes:
+            return FittedProbes(self, [])
         subset = training_subset(len(self._data.train), self._settings.train_images)
         train, classes = self.features(backbone, "train", subset), len(self._data.class_names)
         fitted = [
@@ -70,6 +72,8 @@ class FittedProbes:
 
     def score(self, backbone: nn.Module, split: str) -> Scores:
         """Accuracies on `split`, "validation" or "test", whose features are those of `backbone`."""
+        if not self.fitted:
+            return Scores({}, {})
         features = self.probes.features(backbone, split)
         predicted: dict[str, Tensor] = {}
         for probe in self.fitted:
