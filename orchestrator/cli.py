@@ -169,6 +169,47 @@ def export(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A timm name, a file of weights, a trial, or a backbone of your own as package.module:build."
+        ),
+    ],
+    set_: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Write to this name instead of evaluate_MODEL.")] = None,
+    storage: Storage = RUNS,
+    state: State = None,
+    tracking_uri: TrackingUri = None,
+    address: Annotated[str | None, typer.Option(metavar="RAY", help="A running Ray cluster, such as auto.")] = None,
+    in_process: Annotated[bool, typer.Option("--in-process", help="Run here, without Ray.")] = False,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Measure again what was measured.")] = False,
+    accept_data_change: Annotated[
+        bool, typer.Option("--accept-data-change", help="Go on although the data under a name changed.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Statistics and probes of one set of weights, without training."""
+    from orchestrator import driver
+    from orchestrator import evaluate as command
+
+    asked = driver.Options(
+        file=Path(model),
+        storage=storage,
+        state=state or storage,
+        tracking_uri=tracking_uri,
+        overrides=tuple(set_ or ()),
+        name=name,
+        address=address,
+        in_process=in_process,
+        rerun=rerun,
+        accept_data_change=accept_data_change,
+        quiet=quiet,
+    )
+    raise typer.Exit(command.evaluate(model, asked))
+
+
+@app.command()
 def report(
     sweeps: Annotated[list[str], typer.Argument(help="Names of sweeps.", metavar="SWEEP...")],
     storage: Storage = RUNS,

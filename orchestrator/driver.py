@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator import estimate, local, publish, recorder, spec
+from orchestrator import estimate, local, publish, recorder, spec, starting_points
 from orchestrator.attempt import TRAIN, Job
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, TrialRow
@@ -96,7 +96,15 @@ def sweep(options: Options) -> int:
         SweepHeld: another process runs this sweep.
         ValueError: data, cluster or tracking URI cannot be used.
     """
-    asked = spec.read_sweep(options.file, smoke_overrides(options), options.name)
+    return run_sweep(spec.read_sweep(options.file, smoke_overrides(options), options.name), options)
+
+
+def run_sweep(asked: spec.Sweep, options: Options) -> int:
+    """`sweep` for one that has been read already.
+
+    Raises:
+        As `sweep` does.
+    """
     if (reason := spec.unsupported(asked)) is not None:
         raise ValueError(f"{options.file}: {reason}")
     check_tracking_uri(options.tracking_uri or "sqlite:///")
@@ -148,7 +156,7 @@ class _Run:
         options, layout = self.options, self.layout
         pending = self._prepare()
         if options.address is None:  # another machine may have what this one lacks
-            _check_starting_points(pending, layout.storage)
+            starting_points.check(pending, layout.storage)
         with self._tracking() as sink:
             if pending:
                 self._train(pending, sink.notify)
@@ -344,35 +352,17 @@ def _check_own_parts(plan: Plan) -> None:
     named: set[str] = set()
     for trial in plan.trials:
         config = trial.config
-        named |= {config.method, config.data.train, config.model.factory or "", *config.evaluation.probes}
+        named |= {config.method, config.data.train, config.model.factory or ""}
+        named |= {*config.evaluation.probes, *config.tokens.measurements}
     for path in sorted(filter(is_dotted_path, named)):
         load(path)
-
-
-def _check_starting_points(pending: Sequence[PlannedTrial], storage: Path) -> None:
-    """That the weights which trials are to start from are there, before any trial begins.
-
-    Raises:
-        ValueError: a file or a step of another trial is not.
-    """
-    for trial in pending:
-        init = trial.config.model.init_from
-        if init is None:
-            continue
-        if init.file is not None and not Path(init.file).expanduser().is_file():
-            raise ValueError(f"{trial.name}: model.init_from.file {init.file} is not there")
-        if init.trial is not None:
-            root = Path(trial.config.execution.trials_root or storage)
-            if not any(root.glob(f"**/trials/{init.trial}/**/step_{init.step:09d}.pt")):
-                raise ValueError(
-                    f"{trial.name}: trial {init.trial} under {root} keeps no checkpoint of step {init.step}; name the "
-                    "step in its execution.keep_steps before it trains"
-                )
 
 
 def _data_key(trial: PlannedTrial) -> str:
     """What decides the content of a trial's data, besides the files themselves."""
     data = trial.config.data.model_dump(mode="json", exclude={"max_unreadable"})
+    if data["fit"] == "crop":  # known under this key since before there was a choice
+        del data["fit"]
     return json.dumps([data, trial.config.model.image_size], sort_keys=True)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from orchestrator.plan import PlannedTrial
-from trainers.catalog import MODEL_SIZES, ModelSize
+from trainers.catalog import METHODS, MODEL_SIZES, ModelSize
 from trainers.config import HeadConfig, OpenCLIPConfig, TrialConfig
 
 MLP_RATIO = 4  # also of gated MLPs, which are narrower by a third and have three matrices
@@ -24,6 +24,7 @@ _TRAINING_STEP = 3  # forward, and backward at twice its cost
 _GLOBAL_CROPS = 2  # of DINO and DINOv2; the teacher sees no other
 _VOCABULARY = 49_408  # tokens of open_clip's own tokeniser
 _ACTIVATION_BYTES = 34  # per token, width and block in 16 bits, attention not kept (Korthikanti et al. 2022, eq. 1)
+_EVALUATED = 64  # images in a forward pass of an evaluation
 _INPUT_BYTES = 2  # of these the block's input, which is all that activation checkpointing keeps
 
 
@@ -151,7 +152,22 @@ def trial_flops(config: TrialConfig) -> float:
     training = training_flops(config) * config.optim.steps * config.optim.batch_size
     evaluation = config.evaluation
     images = config.tokens.probe_images + (evaluation.train_images if evaluation.probes else 0)
-    return training + evaluation.points * images * _forward(config)
+    return training + (evaluation.points * images + _measured_images(config)) * _forward(config)
+
+
+def _measured_images(config: TrialConfig) -> int:
+    """Images that the measurements of a trial pass through the backbone at its end.
+
+    Interventions and test-time registers score validation and test sets, whose size is not known here: left out.
+    """
+    tokens, images = config.tokens, 0
+    if tokens.recurrence is not None:
+        images += tokens.probe_images * (3 + 2 * len(tokens.recurrence.scales))
+    for settings in (tokens.locality, tokens.single_token):
+        if settings is not None:
+            images += settings.train_images + settings.test_images
+    details = {"attention", "channels", "similarity"} & set(tokens.measurements)
+    return images + len(details) * tokens.detail_images
 
 
 def memory_bytes(config: TrialConfig) -> int:
@@ -160,6 +176,10 @@ def memory_bytes(config: TrialConfig) -> int:
     In fp32 weights, gradients and optimiser state of all that learns, the averaged backbone, and the teacher; the
     activations of the student's blocks and of the text tower; and logits over prototypes or pairs.
     """
+    if not _trains(config):
+        return 4 * _parameters(config) + round(
+            _activation_bytes(config, _tokens(config), _width(config), 1) * _EVALUATED
+        )
     optim = config.optim
     micro = optim.micro_batch_size if isinstance(optim.micro_batch_size, int) else optim.batch_size
     state = (2 + _optimizer_copies(config)) * _trained(config) + _copies(config)
@@ -181,8 +201,18 @@ def _activation_bytes(config: TrialConfig, tokens: float, width: int, depth: int
     return kept * precision * tokens * width
 
 
+def _trains(config: TrialConfig) -> bool:
+    return config.method not in METHODS or METHODS[config.method].trains
+
+
+def _width(config: TrialConfig) -> int:
+    return MODEL_SIZES[config.model.size].width
+
+
 def checkpoint_bytes(config: TrialConfig) -> int:
     """Disk of a trial's kept checkpoints: fp32 weights, optimiser state, averaged backbone and teacher."""
+    if not _trains(config):
+        return 0
     count = config.execution.keep_checkpoints + len(config.execution.keep_steps)
     return 4 * ((1 + _optimizer_copies(config)) * _trained(config) + _copies(config)) * count
 

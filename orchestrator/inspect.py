@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from orchestrator import estimate, spec
+from orchestrator import estimate, spec, starting_points
 from orchestrator import plan as plans
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, LedgerError, TrialRow
@@ -46,7 +46,8 @@ def plan(
     print(f"no longer planned: {len(difference.removed)}")
     print(_costs(cost))
     print(plans.detectable(len(asked.seeds)))
-    for note in (*planned.notes, *filter(None, [spec.unsupported(asked)])):
+    absent = starting_points.absent(planned.trials, layout.storage)
+    for note in (*planned.notes, *absent, *filter(None, [spec.unsupported(asked)])):
         print(f"note: {note}")
 
 
@@ -176,14 +177,32 @@ def _counts(rows: Sequence[TrialRow]) -> dict[str, int]:
 
 
 def find(trial: str, storage: Path, state: Path) -> tuple[SweepLayout, TrialRow]:
+    """The one trial that is meant.
+
+    Raises:
+        ValueError: none is, or more than one.
+    """
+    return one_of(matching(trial, storage, state), trial)
+
+
+def matching(trial: str, storage: Path, state: Path) -> list[tuple[SweepLayout, TrialRow]]:
+    """All trials that `trial` may mean: an id, the beginning of one, or a name, after SWEEP/ of one sweep alone."""
     sweep, _, wanted = trial.rpartition("/")
-    found = [
+    return [
         (layout, row)
         for layout in _sweeps(storage, state)
         if not sweep or layout.name == sweep
         for row in _rows(layout)
         if wanted and (row.trial_id.startswith(wanted) or row.name == wanted)
     ]
+
+
+def one_of(found: list[tuple[SweepLayout, TrialRow]], trial: str) -> tuple[SweepLayout, TrialRow]:
+    """The only one of `found`.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
     if len(found) != 1:
         several = "; ".join(f"{layout.name}/{row.trial_id} {row.name}" for layout, row in found[:5])
         raise ValueError(f"{len(found)} trials are meant by {trial!r}{': ' + several if several else ''}")

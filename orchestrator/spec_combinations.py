@@ -12,14 +12,14 @@ from orchestrator.cells import Cell
 from orchestrator.draft import Draft, Path, is_execution_setting, nearest
 from orchestrator.spec_checks import Parts
 from orchestrator.sweep import MAX_TRIALS, Range, Resources, is_metric
-from trainers.catalog import MODEL_SIZES, PROBES
+from trainers.catalog import MEASUREMENTS, MODEL_SIZES, PROBES
 from trainers.config import TrialConfig, resolve
 from trainers.explain import ConfigError, Fault, did_you_mean, shown
 
 MAX_COMBINATIONS = 50  # distinct impossible combinations that are listed
 
 # First parts of metric names, and what follows `val/` and `test/` besides the names of probes.
-_METRIC_ROOTS = ("train", "val", "test", "tokens", "locality")
+_METRIC_ROOTS = ("train", "val", "test", "tokens", *MEASUREMENTS)
 _METRIC_FAMILIES = ("linear_mean_patch", "zero_shot", "segmentation", "depth", "object_discovery")
 
 
@@ -116,6 +116,7 @@ def _all_mappings(raw: dict[str, Any]) -> bool:
 def check_primary(draft: Draft, configs: list[TrialConfig]) -> None:
     """Metrics that were declared beforehand are ones that some cell measures."""
     run = {probe for config in configs for probe in config.evaluation.probes}
+    measured = {name for config in configs for name in config.tokens.measurements}
     raw = draft.raw.get("primary")
     primary = raw if isinstance(raw, list) else []
     for index, name in enumerate(primary):
@@ -136,6 +137,10 @@ def check_primary(draft: Draft, configs: list[TrialConfig]) -> None:
                 )
             elif probe not in PROBES and family not in _METRIC_FAMILIES and guess:
                 draft.report(place, f"primary has {name}, and there is no probe {family}{guess}")
+        elif root in MEASUREMENTS and measured and root not in measured:
+            draft.report(
+                place, f"primary has {name}, but tokens.measurements ({', '.join(sorted(measured))}) lacks {root}"
+            )
 
 
 def _own_probes(names: set[str]) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.attempt import Job, Outcome, Report
 from orchestrator.layout import TrialLayout
+from trainers import released
 
 if TYPE_CHECKING:
     from trainers.config import ExecutionConfig, TrialConfig
@@ -47,7 +48,10 @@ def _execution(config: TrialConfig, job: Job, layout: TrialLayout) -> ExecutionC
     placed: dict[str, Any] = {}
     if job.cpu_only and config.execution.device == "auto":
         placed["device"] = "cpu"
-    init = config.model.init_from
-    if init is not None and init.trial is not None and config.execution.trials_root is None:
+    init, weights = config.model.init_from, config.model.weights
+    of_trial = (init is not None and init.trial is not None) or (
+        weights is not None and released.source(weights).trial is not None
+    )
+    if of_trial and config.execution.trials_root is None:
         placed["trials_root"] = str(layout.root.parents[2])  # STORAGE/SWEEP/trials/ID
     return config.execution.model_copy(update=placed)

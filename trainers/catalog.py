@@ -26,6 +26,7 @@ class MethodEntry:
     weights: str  # "raw", "ema" or "teacher": what is evaluated (paper.md §2, row "Evaluate")
     section: str | None  # field of TrialConfig that holds this method's own settings
     accumulates: bool = True  # whether a step may be computed in micro-batches; not where a loss couples the batch
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ MODEL_SIZES = {
     "small": ModelSize(width=384, depth=12, heads=6),
     "base": ModelSize(width=768, depth=12, heads=12),
     "large": ModelSize(width=1024, depth=24, heads=16),
+    "huge": ModelSize(width=1280, depth=32, heads=16),
     "giant": ModelSize(width=1536, depth=40, heads=24),
 }
 
@@ -81,7 +83,12 @@ METHODS = {
     "dinov2": MethodEntry(
         build="trainers.methods.dinov2:DinoV2", needs=(), weights="teacher", section="dinov2", accumulates=False
     ),
+    "pretrained": MethodEntry(  # weights that are there already, measured as they are
+        build="trainers.methods.pretrained:Pretrained", needs=(), weights="raw", section=None, trains=False
+    ),
 }
+
+TRAINING_METHODS = tuple(name for name, entry in METHODS.items() if entry.trains)
 
 DATASETS = {
     "scenes": DataEntry(

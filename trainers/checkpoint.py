@@ -7,7 +7,7 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,20 @@ def read(path: Path) -> dict[str, Any]:
     if not _is_whole(path, payload):
         raise ValueError(f"checkpoint {path} is damaged: it does not have the checksum in {_checksum_path(path).name}")
     return _loaded(payload)
+
+
+def first_whole(paths: Sequence[Path]) -> dict[str, Any]:
+    """The first whole checkpoint of `paths`, which stay as they are.
+
+    Raises:
+        ValueError: none is whole.
+    """
+    for path in paths[:-1]:
+        try:
+            return read(path)
+        except ValueError as error:
+            log.warning("%s", error)
+    return read(paths[-1])
 
 
 def steps(directories: Iterable[Path]) -> dict[int, list[Path]]:

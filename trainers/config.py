@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from trainers import catalog, presets
+from trainers import catalog, presets, released
 from trainers.conflicts import conflicts
 from trainers.explain import ConfigError, Fault, ImpossibleError, explain
 from trainers.method_settings import DeiT3Config, DinoConfig, DinoV2Config
@@ -29,6 +29,7 @@ MAX_REGISTERS = 16  # the largest count in the paper (Fig. 8)
 # hash, so that finished trials keep their id: {"dotted.name": value}. Null always means that.
 AS_BEFORE: Mapping[str, object] = {
     "data.scenes.colored": True,
+    "data.fit": "crop",
     "compile": False,
     "model.cls_init_std": 0.02,
     "model.pre_norm": False,
@@ -50,7 +51,7 @@ AS_BEFORE: Mapping[str, object] = {
     "tokens.outlier_rule": "mad",
     "tokens.outlier_norm": 150.0,
     "tokens.outlier_layer": -1,
-    "tokens.measurements": ("channels",),
+    "tokens.measurements": ("location", "channels", "attention", "similarity", "neighbors"),
 }
 
 _NOT_IN_IDENTITY = ("preset", "execution")
@@ -120,6 +121,19 @@ class ModelConfig(Section):
         "full", description="who attends to whom: sink, storage and extra compute apart; null with 0 registers"
     )
     init_from: InitFrom | None = Field(None, description="weights to start from; null for random ones")
+    weights: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1_000,
+        description="weights that method pretrained measures: a timm name, a file (under execution.weights_root), or a "
+        "trial as ID, ID@STEP or ID@STEP:teacher. Names of released weights say size, patch size, registers and "
+        "the like, which need not be given; for others give them",
+    )
+    weights_fingerprint: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{16}$",
+        description="that these weights must have, as the log of a trial says it; null for any",
+    )
     factory: Annotated[str, *known({}, own="package.module:build")] | None = Field(
         None, description="a backbone of your own, as package.module:build"
     )
@@ -158,6 +172,11 @@ class DataConfig(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of generated data and of splits; not the trial's seed")
     decode_size: Annotated[int, Field(ge=8, le=2048)] | Literal["auto", "original"] = Field(
         "auto", description="side in px to which images are decoded once; small crops see it, so it is identity"
+    )
+    fit: Literal["crop", "pad"] = Field(
+        "crop",
+        description="how an image folder's pictures become squares: their centre, or whole between black margins, "
+        "whose patches token statistics of the probe images leave out; crop for other data sets of the catalog",
     )
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="of training, where there is no validation set")
     max_unreadable: float = Field(0.001, ge=0, le=1, description="fraction of unreadable images that is tolerated")
@@ -270,7 +289,10 @@ class ExecutionConfig(Section):
     keep_steps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], LISTED, ONCE] = Field(
         (), description="steps whose checkpoints are kept for ever, for other trials to start from"
     )
-    trials_root: str | None = Field(None, description="folder under which model.init_from.trial is looked for")
+    trials_root: str | None = Field(
+        None, description="folder under which the trials of model.init_from and model.weights are looked for"
+    )
+    weights_root: str | None = Field(None, description="folder of the files of model.weights; null for this one")
     activation_checkpointing: bool = Field(False, description="compute activations twice, keep those of blocks alone")
 
 
@@ -318,6 +340,9 @@ def resolve(settings: Mapping[str, Any]) -> TrialConfig:
     given = flatten(settings)
     try:
         name, recipe = presets.recipe(given)
+        weights = given.get("model.weights")
+        if isinstance(weights, str):
+            recipe = {**recipe, **released.settings(weights)}
         nested = nest({**_beside(recipe, given), **given, "preset": name})
     except ValueError as error:
         raise ConfigError([Fault((), str(error), ("preset", "method"))]) from error

@@ -15,6 +15,7 @@ Conflict = tuple[str, tuple[str, ...]]  # the sentence, and the dotted names of 
 
 # What the built-in ViT does by itself, and the value at which it does not. A factory is given all other settings of the
 # model and can follow them.
+_EDITING = {"interventions", "test_time_registers"}
 _BUILT_IN = {"sink": "none", "register_mask": "full", "drop_path_group": None}
 
 
@@ -31,6 +32,7 @@ def conflicts(config: TrialConfig) -> Iterator[Conflict]:
             ("optim.warmup_steps", "optim.steps"),
         )
     yield from _backbone(config)
+    yield from _measured_weights(config)
     yield from _groups(config)
     yield from _blurred(config)
     yield from _crops(config)
@@ -60,6 +62,11 @@ def _backbone(config: TrialConfig) -> Iterator[Conflict]:
                 "model.init_from loads into the built-in ViT only; model.factory names another backbone",
                 ("model.factory", "model.init_from.file", "model.init_from.timm", "model.init_from.trial"),
             )
+        for name in sorted(_EDITING & set(config.tokens.measurements)):
+            yield (
+                f"measurement {name} edits the passes of the built-in ViT; model.factory names another backbone",
+                ("tokens.measurements", "model.factory"),
+            )
         for name, value in _BUILT_IN.items():
             given = getattr(config.model, name)
             if given is not None and given != value:
@@ -68,6 +75,30 @@ def _backbone(config: TrialConfig) -> Iterator[Conflict]:
                     f"backbone, so leave it {shown(value)}",
                     (f"model.{name}", "model.factory"),
                 )
+
+
+def _measured_weights(config: TrialConfig) -> Iterator[Conflict]:
+    """Weights are measured by the method that trains nothing, and by no other."""
+    method, model = catalog.METHODS.get(config.method), config.model
+    if method is None or method.trains:
+        if model.weights is not None:
+            yield (
+                f"model.weights are measured as they are, with method pretrained; method {config.method} trains: to "
+                "start from them use model.init_from",
+                ("model.weights", "method"),
+            )
+        return
+    given = [name for name in ("weights", "factory") if getattr(model, name) is not None]
+    if len(given) != 1:
+        which = "both are" if given else "neither is"
+        yield (
+            f"method {config.method} measures model.weights, or a backbone of your own (model.factory); {which} given",
+            ("method", "model.weights", "model.factory"),
+        )
+    if any(getattr(model.init_from, name, None) is not None for name in ("file", "timm", "trial")):
+        yield f"method {config.method} starts from model.weights, not model.init_from", ("method", "model.weights")
+    if config.optim.steps:
+        yield f"optim.steps is {config.optim.steps}; method {config.method} trains nothing", ("optim.steps", "method")
 
 
 def _groups(config: TrialConfig) -> Iterator[Conflict]:
@@ -179,6 +210,14 @@ def _missing_measurements(config: TrialConfig) -> Iterator[Conflict]:
         entry = catalog.MEASUREMENTS.get(name)
         if entry is not None and entry.section is not None and getattr(config.tokens, entry.section) is None:
             yield f"tokens.{entry.section} is null; tokens.measurements names it", ("tokens.measurements",)
+    recurrence, model = config.tokens.recurrence, config.model
+    if recurrence is None or "recurrence" not in config.tokens.measurements or not isinstance(model.image_size, int):
+        return
+    if recurrence.shift >= (side := model.image_size // model.patch_size):
+        yield (
+            f"tokens.recurrence.shift {recurrence.shift} leaves nothing of {side} × {side} patches; at most {side - 1}",
+            ("tokens.recurrence.shift", "model.image_size", "model.patch_size"),
+        )
 
 
 def _unmet_needs(config: TrialConfig) -> Iterator[Conflict]:

@@ -393,6 +393,8 @@ PRESETS: dict[str, dict[str, Settings]] = {
     },
 }
 
+_UNTRAINED: dict[str, dict[str, Settings]] = {"pretrained": {"short": {"optim.steps": 0}}}
+
 
 def recipe(given: Mapping[str, object]) -> tuple[str, Settings]:
     """The name and the settings of the recipe that the dotted settings `given` ask for, by method, preset and size.
@@ -404,7 +406,7 @@ def recipe(given: Mapping[str, object]) -> tuple[str, Settings]:
         ValueError: the method has no recipe of that name.
     """
     method, name = str(given.get("method", "deit3")), str(given.get("preset", "auto"))
-    recipes = PRESETS.get(method, {"short": {}})
+    recipes = {**PRESETS, **_UNTRAINED}.get(method, {"short": {}})
     if name == "auto":
         name = "nano" if given.get("model.size") == "nano" and "nano" in recipes else "short"
     if name not in recipes:

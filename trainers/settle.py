@@ -20,6 +20,7 @@ def settle(config: TrialConfig) -> Values:
     at. Settings that were there before this rule keep their values, since finished trials are found by them.
     """
     values = config.model_dump()
+    _untrained(config, values)
     _sizes(config, values)
     _registers(values["model"], values["optim"])
     _lengths(values["optim"])
@@ -32,12 +33,26 @@ def settle(config: TrialConfig) -> Values:
         values["data"]["scenes"] = None
     if config.data.train in catalog.DATASETS and not catalog.DATASETS[config.data.train].needs_root:
         values["data"]["name"] = None
+        values["data"]["fit"] = "crop"
     for name in catalog.PROBES:
         if name not in config.evaluation.probes:
             values["evaluation"][name] = None
     _tokens(values["tokens"])
     _methods(config, values)
     return values
+
+
+def _untrained(config: TrialConfig, values: Values) -> None:
+    """What only training would see, where nothing is trained."""
+    if config.method not in catalog.METHODS or catalog.METHODS[config.method].trains:
+        return
+    values["optim"] = {**type(config.optim)().model_dump(), "steps": 0}
+    values["precision"], values["compile"] = "fp32", False
+    values["tokens"]["training_stream"] = False
+    values["evaluation"]["points"] = 1
+    plain = type(config.model)()
+    for name in ("reg_init_std", "cls_init_std", "drop_path"):
+        values["model"][name] = getattr(plain, name)
 
 
 def _sizes(config: TrialConfig, values: Values) -> None:

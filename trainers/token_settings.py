@@ -15,15 +15,18 @@ class RecurrenceConfig(Section):
 
     shift: int = Field(2, ge=1, le=64, description="patches by which images are shifted")
     scales: Annotated[tuple[Annotated[float, Field(gt=0.25, le=4)], ...], LISTED, ONCE] = Field(
-        (1.5,), description="other resolutions, relative to model.image_size; rounded to whole patches"
+        (0.5, 1.5), description="other resolutions, relative to model.image_size; rounded to whole patches"
     )
 
 
 class LocalityConfig(Section):
     """Linear probes for a patch's position and pixels on all patch tokens (paper, Fig. 5b and Table 5)."""
 
-    train_images: int = Field(1_000, ge=1, le=10_000_000, description="training images whose patch tokens are learned")
+    train_images: int = Field(1_000, ge=2, le=10_000_000, description="training images whose patch tokens are learned")
     test_images: int = Field(1_000, ge=1, le=10_000_000, description="most test images that are scored")
+    train_tokens: int = Field(
+        32_768, ge=256, le=1_000_000_000, description="of these, most that the position is learned from; pixels: all"
+    )
 
 
 class SingleTokenConfig(Section):
@@ -48,7 +51,11 @@ class InterventionsConfig(Section):
         "neighbors",
         "deleted",
     )
-    layer: int = Field(-1, ge=-64, le=64, description="whose outliers are treated, as tokens.outlier_layer counts")
+    layer: Annotated[int, Field(ge=-65, le=64)] | Literal["onset"] = Field(
+        "onset",
+        description="whose outliers are treated, as tokens.outlier_layer counts; onset is where they set in, so that "
+        "blocks follow, or tokens.outlier_layer where they do not set in",
+    )
 
 
 class TestTimeRegistersConfig(Section):
@@ -57,7 +64,18 @@ class TestTimeRegistersConfig(Section):
     __test__ = False  # to pytest
 
     neurons: int = Field(10, ge=1, le=10_000, description="50 for DINOv2-L, 10 for OpenCLIP-B at the source")
-    deepest: float = Field(0.75, gt=0, le=1, description="fraction of the blocks, from the first, that are searched")
+    deepest: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="fraction of the blocks, from the first, that are searched; 18 of 24 for DINOv2-L and 6 of 12 for "
+        "OpenCLIP-B at the source",
+    )
+    sparse: bool = Field(
+        False,
+        description="leave out, image by image, neurons that reach 0.5 on more than half of the tokens; by default off "
+        "in the source's code, on in its notebook",
+    )
     controls: int = Field(1, ge=0, le=100, description="draws of as many random neurons, as a control")
 
 
@@ -81,7 +99,7 @@ class TokensConfig(Section):
     measurements: Annotated[
         tuple[Annotated[str, *known(catalog.MEASUREMENTS, own="package.module:measure")], ...], LISTED, ONCE
     ] = Field(
-        ("channels",),
+        ("location", "channels", "attention", "similarity", "neighbors"),
         description="what is measured besides norms; see trainers.catalog.MEASUREMENTS",
     )
     recurrence: RecurrenceConfig | None = Field(default_factory=RecurrenceConfig, description="null where it is off")

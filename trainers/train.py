@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from trainers import catalog, checkpoint, distributed, vit, weights
+from trainers import catalog, checkpoint, distributed, pretrained, vit, weights
 from trainers.config import TrialConfig, trial_id
 from trainers.data import open_data
 from trainers.dotted import load
@@ -113,8 +113,7 @@ class _Training:
         self.data = open_data(config.data, config.execution, config.model.image_size, cache)
         self.streams = Streams(config.seed)
         with _seeded(self.streams, "backbone"):
-            self.backbone = vit.build(config.model, self.streams)
-        self.started_from = self._start_from()
+            self.backbone, self.started_from = self._backbone()
         with _seeded(self.streams, "method"):
             self.method = self._build_method().to(device)
         self._make_fast(cache)
@@ -128,16 +127,19 @@ class _Training:
         self._images, self._seconds = 0, 0.0
         self._last_good = 0  # the last step whose loss was looked at and finite
 
-    def _start_from(self) -> str | None:
-        """Fingerprint of the weights that the backbone starts from; None where they are random."""
-        init = self.config.model.init_from
-        if init is None:
-            return None
-        if not isinstance(self.backbone, vit.ViT):
+    def _backbone(self) -> tuple[nn.Module, str | None]:
+        """The backbone, and the fingerprint of the weights that it starts from; None where they are random."""
+        model, execution = self.config.model, self.config.execution
+        if model.weights is not None:
+            return pretrained.open_backbone(model, execution, self.streams)
+        backbone = vit.build(model, self.streams)
+        if model.init_from is None:
+            return backbone, None
+        if not isinstance(backbone, vit.ViT):
             raise ValueError(
                 "model.init_from loads into the built-in ViT only, and model.factory names another backbone"
             )
-        return weights.start_from(self.backbone, init, self.config.execution)
+        return backbone, weights.start_from(backbone, model.init_from, execution)
 
     def _build_method(self) -> Method:
         name = self.config.method
@@ -247,7 +249,7 @@ class _Training:
 
     def _finish(self, report: Report) -> None:
         """The last evaluation, the only look at the test set, and the files of the trial."""
-        if self.step == 0:  # nothing was trained, so nothing has been saved
+        if self.step == 0 and self.config.model.weights is None:  # nothing was trained, so nothing has been saved
             self._save()
         self._record(report, self._evaluate(("validation", "test")))
         if distributed.rank() == 0:

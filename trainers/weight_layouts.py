@@ -76,12 +76,16 @@ class Converted:
         tensors: by our names.
         left_out: what has no place in a backbone, by its former name, and why.
         norm_eps: epsilon of LayerNorm that this layout's models have; None where that varies.
+        heads: of attention; None where only the user knows.
+        activation: of the MLP, as `model.mlp` names it; None where only the user knows.
     """
 
     layout: str
     tensors: dict[str, Tensor]
     left_out: Mapping[str, str] = field(default_factory=dict)
     norm_eps: float | None = None
+    heads: int | None = None
+    activation: str | None = None
 
     @property
     def num_registers(self) -> int:

@@ -6,11 +6,9 @@ read with `weights_only=True`: nothing in them is executed.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import math
-import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,27 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from trainers import checkpoint
-from trainers.config import ExecutionConfig, InitFrom
-from trainers.explain import did_you_mean
+from trainers import catalog, checkpoint
+from trainers.config import ExecutionConfig, InitFrom, ModelConfig
 from trainers.position import interpolate_position
 from trainers.vit import ViT
+from trainers.weight_files import read_timm, read_weights
 from trainers.weight_layouts import Converted, convert
 
 log = logging.getLogger(__name__)
-
-_ALLOWED = "allowed: a .safetensors file, or a .pt, .pth or .bin file with a state dict"
-_TORCH = (".pt", ".pth", ".bin")
-
-# Where official training code puts a state dict in a file, first match; `method` is a checkpoint of our own.
-_CONTAINERS = ("method", "teacher", "student", "model", "state_dict")
 
 # Parameters of a model that weights without them leave as they were initialised, and what these are.
 _OPTIONAL = {
@@ -95,7 +83,9 @@ def _found(backbone: ViT, init: InitFrom, execution: ExecutionConfig) -> tuple[s
         path = Path(init.file).expanduser()
         return str(path), _converted(path, backbone)
     if init.timm is not None:
-        return f"timm's {init.timm}", _timm_weights(init.timm, backbone)
+        source, found = f"timm's {init.timm}", read_timm(init.timm)
+        refuse_other_architecture(found, backbone.settings, source)
+        return source, found
     assert init.trial is not None and init.step is not None, "the configuration is not resolved"
     return f"step {init.step} of trial {init.trial}", _trial_weights(init.trial, init.step, execution, backbone)
 
@@ -127,137 +117,68 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """The state dict in a file, taken out of the containers of official training code, names as they are there.
-
-    Of teacher and student the teacher is taken, of a trial's own checkpoint the raw backbone.
+def refuse_other_architecture(found: Converted, model: ModelConfig, source: str) -> None:
+    """That weights belong to a model which computes otherwise than `model` in what tensors do not show.
 
     Raises:
-        ValueError: it is no such file, is damaged, or holds more than tensors; the message has one line.
+        ValueError: in one line, with both.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: is {'a folder' if path.is_dir() else 'not there'}; {_ALLOWED}")
-    if path.suffix not in (".safetensors", *_TORCH):
-        raise ValueError(f"{path}: the type {path.suffix or 'without a suffix'} is not known; {_ALLOWED}")
-    loaded = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    try:
-        return _state_dict(loaded)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; {_ALLOWED}") from error
-
-
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: is no whole safetensors file ({_first_line(error)}); {_ALLOWED}") from error
-
-
-def _pickled(path: Path) -> Any:
-    """What torch.save wrote, if that is tensors, numbers, strings and containers of them.
-
-    Official checkpoints of deit and dino hold their command line too, as a Namespace, which holds no code.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds code or objects ({named[1]})" if named else "is damaged or holds code"
-        raise ValueError(f"{path}: {what}, which is not loaded; {_ALLOWED}") from error
-    except Exception as error:  # whatever a parser makes of a damaged file
-        raise ValueError(f"{path}: is no file of torch.save's ({_first_line(error)}); {_ALLOWED}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160].rstrip(".")
-
-
-def _state_dict(loaded: Any) -> dict[str, Tensor]:
-    """The mapping of names to tensors inside of what a file holds."""
-    while isinstance(loaded, Mapping):
-        name = next((name for name in _CONTAINERS if isinstance(loaded.get(name), Mapping)), None)
-        if name is None:
-            break
-        loaded = loaded[name]
-        if name == "method":
-            loaded = {key: value for key, value in loaded.items() if str(key).startswith("backbone.")}
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise ValueError(f"holds {'nothing' if isinstance(loaded, Mapping) else type(loaded).__name__}, no state dict")
-    for key, value in loaded.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
-            raise ValueError(f"holds {type(value).__name__} under {key!r}, no state dict")
-    return dict(loaded)
-
-
-def _timm_weights(name: str, backbone: ViT) -> Converted:
-    """Pretrained weights of a timm ViT, which must have the epsilon, activation and heads of `backbone`."""
-    bare = name.partition(".")[0]
-    if ":" not in name and not timm.is_model(bare):
-        raise ValueError(f"timm has no model {bare!r}{did_you_mean(bare, timm.list_models('*vit*'))}")
-    try:
-        with torch.random.fork_rng(devices=[]):  # timm initialises before it loads
-            model = timm.create_model(name, pretrained=True)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"timm's {name} cannot be had: {_first_line(error)}") from error
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"timm's {name} is a {type(model).__name__}; allowed: models that are timm VisionTransformers")
-    try:
-        found = convert(model.state_dict(), model.patch_embed.num_patches)
-    except ValueError as error:
-        raise ValueError(f"timm's {name}: {error}") from error
-    if differences := list(_differences(model, backbone)):
-        raise ValueError(f"timm's {name} computes otherwise than the model: {'; '.join(differences)}")
-    return found
-
-
-def _differences(theirs: Any, ours: Any) -> Iterable[str]:
-    """In what two ViTs differ that their weights do not show."""
-    if theirs.norm.eps != ours.norm.eps:
-        yield f"epsilon of LayerNorm is {theirs.norm.eps:g} there, model.norm_eps is {ours.norm.eps:g}"
-    if theirs.blocks[0].attn.num_heads != ours.blocks[0].attn.num_heads:
-        yield f"{theirs.blocks[0].attn.num_heads} heads there, {ours.blocks[0].attn.num_heads} here"
-    x = torch.linspace(-4.0, 4.0, 33)
-    if not torch.allclose(theirs.blocks[0].mlp.act(x), ours.blocks[0].mlp.act(x), atol=1e-6):
-        yield f"activation is {type(theirs.blocks[0].mlp.act).__name__} there; see model.mlp"
+    heads = catalog.MODEL_SIZES[model.size].heads
+    differences = []
+    if found.norm_eps not in (None, model.norm_eps):
+        differences.append(f"epsilon of LayerNorm is {found.norm_eps:g} there, model.norm_eps is {model.norm_eps:g}")
+    if found.heads not in (None, heads):
+        differences.append(f"{found.heads} heads there, {heads} here")
+    if found.activation not in (None, model.mlp):
+        differences.append(f"activation is {found.activation} there, model.mlp is {model.mlp}")
+    if differences:
+        raise ValueError(f"{source} computes otherwise than the model: {'; '.join(differences)}")
 
 
 def _trial_weights(trial: str, step: int, execution: ExecutionConfig, backbone: ViT) -> Converted:
     """The raw backbone of another trial's checkpoint, which must be whole and compute as `backbone` does."""
-    if execution.trials_root is None:
-        raise ValueError(f"execution.trials_root is null; it says where trial {trial} of model.init_from is looked for")
-    root = Path(execution.trials_root)
-    folders = [path for folder in _trial_folders(root, trial) for path in checkpoint.folders_of(folder)]
-    if not folders:
-        raise ValueError(f"model.init_from.trial: there is no trial {trial} with checkpoints under {root}")
-    kept = checkpoint.steps(folders)
+    kept = checkpoints_of(trial, execution, "model.init_from.trial")
     if step not in kept:
         has = ", ".join(map(str, sorted(kept))) or "none"
         advice = "name it in that trial's execution.keep_steps before it trains"
         raise ValueError(f"trial {trial} keeps no checkpoint of step {step} (steps: {has}); {advice}")
-    stored = _first_whole(kept[step])
-    then, now = stored["model"], backbone.settings.model_dump(mode="json")
-    if differ := [f"{name} {then[name]!r}, not {now[name]!r}" for name in _COMPUTES if then[name] != now[name]]:
-        raise ValueError(f"trial {trial} computes otherwise than the model: model.{'; model.'.join(differ)}")
+    stored = checkpoint.first_whole(kept[step])
+    refuse_other_settings(stored["model"], backbone.settings, f"trial {trial}")
     state = stored["method"]
     prefix = "backbone."
     tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     return Converted("trial", tensors, {name: "not of the backbone" for name in state if not name.startswith(prefix)})
 
 
+def checkpoints_of(trial: str, execution: ExecutionConfig, setting: str) -> dict[int, list[Path]]:
+    """Checkpoint files of another trial by step, newest first; `setting` is the one that names it.
+
+    Raises:
+        ValueError: it is not known where to look, or there is no such trial with checkpoints.
+    """
+    if execution.trials_root is None:
+        raise ValueError(f"execution.trials_root is null; it says where trial {trial} of {setting} is looked for")
+    root = Path(execution.trials_root)
+    kept = checkpoint.steps([path for folder in _trial_folders(root, trial) for path in checkpoint.folders_of(folder)])
+    if not kept:
+        raise ValueError(f"{setting}: there is no trial {trial} with checkpoints under {root}")
+    return kept
+
+
+def refuse_other_settings(then: Mapping[str, Any], model: ModelConfig, source: str) -> None:
+    """That a trial's model, whose settings are `then`, computes otherwise than `model`.
+
+    Raises:
+        ValueError: in one line, with all settings that differ.
+    """
+    now = model.model_dump(mode="json")
+    if differ := [f"{name} {then[name]!r}, not {now[name]!r}" for name in _COMPUTES if then[name] != now[name]]:
+        raise ValueError(f"{source} computes otherwise than the model: model.{'; model.'.join(differ)}")
+
+
 def _trial_folders(root: Path, trial: str) -> list[Path]:
     """Folders of one trial in the sweeps of a storage folder, or at any depth where it is no such folder."""
     return sorted(root.glob(f"*/trials/{trial}")) or sorted(root.glob(f"**/trials/{trial}"))
-
-
-def _first_whole(paths: list[Path]) -> dict[str, Any]:
-    for path in paths[:-1]:
-        try:
-            return checkpoint.read(path)
-        except ValueError as error:
-            log.warning("%s", error)
-    return checkpoint.read(paths[-1])
 
 
 def load_into(backbone: ViT, converted: Converted, source: str = "the weights") -> Report:

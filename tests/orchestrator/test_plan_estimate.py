@@ -54,10 +54,24 @@ def test_parameters_are_those_that_timm_publishes(size: str, published: int) -> 
 def test_a_trial_trains_at_three_forward_passes_and_evaluates_at_one() -> None:
     settings = {"model.size": "tiny", "model.patch_size": 8, "optim.steps": 100, "optim.batch_size": 8}
     forward = forward_flops(MODEL_SIZES["tiny"], 64, 0, 8)
-    off = {"evaluation.probes": [], "evaluation.points": 1, "tokens.probe_images": 1}
+    off = {"evaluation.probes": [], "evaluation.points": 1, "tokens.probe_images": 1, "tokens.measurements": []}
     assert trial_flops(resolve({**settings, **off})) == pytest.approx(forward * (3 * 100 * 8 + 1))
     on = {"evaluation.points": 5, "evaluation.train_images": 100, "tokens.probe_images": 10}
-    assert trial_flops(resolve({**settings, **on})) == pytest.approx(forward * (3 * 100 * 8 + 5 * 110))
+    on |= {"tokens.measurements": ["channels", "single_token", "recurrence"], "tokens.detail_images": 3}
+    on |= {
+        "tokens.single_token.train_images": 20,
+        "tokens.single_token.test_images": 30,
+        "tokens.recurrence.scales": [1.5],
+    }
+    measured = 3 + 20 + 30 + 10 * 5  # two shifts, a flip, one other resolution with and without antialiasing
+    assert trial_flops(resolve({**settings, **on})) == pytest.approx(forward * (3 * 100 * 8 + 5 * 110 + measured))
+
+
+def test_what_trains_nothing_keeps_no_checkpoint_and_no_gradients() -> None:
+    config = resolve({"method": "pretrained", "model.weights": "dinov2_vitl14_pretrain.pth", "model.image_size": 224})
+    weights = 4 * parameters(MODEL_SIZES["large"], 256, 0, 14)
+    assert checkpoint_bytes(config) == 0
+    assert weights < memory_bytes(config) < 3 * weights
 
 
 def per_image(settings: dict[str, Any]) -> float:

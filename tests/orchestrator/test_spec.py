@@ -10,7 +10,7 @@ from orchestrator.plan import build_plan
 from orchestrator.schema import sweep_schema
 from orchestrator.spec import Resources, SpecError, Sweep, dump, read_sweep, unsupported
 from orchestrator.yaml_file import read
-from trainers.catalog import METHODS
+from trainers.catalog import TRAINING_METHODS
 from trainers.config import fields
 
 FULL = """\
@@ -122,7 +122,7 @@ def test_the_sweep_of_all_methods_can_be_made_large() -> None:
     (path,) = (path for path in SWEEPS if path.stem == "num_registers")
     large = ["model.size=base", "model.patch_size=16", "data.decode_size=224", "optim.steps=100000"]
     trials = build_plan(read_sweep(path, large)).trials
-    assert {trial.config.method for trial in trials} == set(METHODS) - {"openclip"}  # it needs captions
+    assert {trial.config.method for trial in trials} == set(TRAINING_METHODS) - {"openclip"}  # it needs captions
     assert {(trial.config.preset, trial.config.model.image_size) for trial in trials} == {("short", 224)}
 
 

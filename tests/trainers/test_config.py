@@ -72,6 +72,7 @@ class TestIdentity:
             "execution.keep_checkpoints": 9,
             "execution.keep_steps": [300],
             "execution.trials_root": "/elsewhere",
+            "execution.weights_root": "/elsewhere",
             "execution.activation_checkpointing": True,
         }
         assert set(other) == {name for name in fields() if name.startswith("execution.")}
@@ -188,8 +189,9 @@ class TestResolving:
 
     def test_every_method_and_size_resolves(self) -> None:
         for method in catalog.METHODS:
+            needs = {} if method in catalog.TRAINING_METHODS else {"model.weights": "weights.pth"}
             for size in catalog.MODEL_SIZES:
-                assert resolve({"method": method, "model.size": size}).model.size == size
+                assert resolve({"method": method, "model.size": size, **needs}).model.size == size
 
     def test_a_section_that_is_null_goes_before_what_the_preset_has_in_it(self) -> None:
         shared = resolve({**DINOV2, "dinov2.ibot_head": None, "dinov2.koleo": None}).dinov2
@@ -220,7 +222,7 @@ class TestMessages:
     def test_everything_wrong_is_said_at_once(self) -> None:
         assert faults({"model.num_registers": 17, "optim.lr": float("nan"), "method": "deit4"}) == [
             "method is 'deit4', which does not exist; did you mean deit3?; allowed: deit3, openclip, dino, dinov2, "
-            "package.module:Class of your own",
+            "pretrained, package.module:Class of your own",
             "model.num_registers is 17; allowed: a whole number from 0 to 16",
             "optim.lr is .nan; allowed: a number above 0, at most 10",
         ]

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import tiny_trial
 from tests.trainers.runs import run, training
 from trainers import checkpoint
-from trainers.catalog import METHODS
+from trainers.catalog import TRAINING_METHODS
 from trainers.config import resolve
 from trainers.loader import Shares
 
@@ -31,7 +31,7 @@ def read_parts(one: Any, step: int) -> list[Any]:
 def test_no_method_of_the_catalog_is_left_out() -> None:
     from tests.conftest import TINY_METHODS
 
-    assert set(TINY_METHODS) == set(METHODS)
+    assert set(TINY_METHODS) == set(TRAINING_METHODS)
 
 
 # --- resume -------------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ train(config, report, Path(sys.argv[2]), cache=Path(sys.argv[3]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINING_METHODS)
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(method: str, tmp_path: Path, data_cache: Path) -> None:
     settings = tiny_trial(method, model__num_registers=2)
     _, undisturbed = run(settings, tmp_path / "whole", data_cache)
@@ -74,7 +74,7 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(method: str, tm
 # --- fair pairs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINING_METHODS)
 def test_trials_that_differ_in_registers_share_weights_and_every_random_draw(
     method: str, tmp_path: Path, data_cache: Path
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.conftest import tiny_trial
 from tests.trainers.runs import run, training
 from trainers import distributed, loader
-from trainers.catalog import METHODS
+from trainers.catalog import TRAINING_METHODS
 from trainers.methods import Batch, Method, Progress
 from trainers.streams import Streams
 from trainers.tokens import table as token_table
@@ -229,7 +229,7 @@ def test_a_failure_of_the_first_ranks_evaluation_is_raised_by_all() -> None:
         raise MemoryError
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TRAINING_METHODS)
 def test_bf16_trains(method: str, tmp_path: Path, data_cache: Path) -> None:
     settings = tiny_trial(method, precision="bf16", optim__steps=2, evaluation__points=1, model__num_registers=2)
     result, reports = run(settings, tmp_path, data_cache)

@@ -19,8 +19,9 @@ from torch.nn import functional
 from trainers import checkpoint, train, vit
 from trainers.config import ExecutionConfig, InitFrom, resolve, trial_id
 from trainers.streams import Streams
+from trainers.weight_files import read_weights
 from trainers.weight_layouts import Converted
-from trainers.weights import fingerprint, load_into, load_weights, read_weights, start_from
+from trainers.weights import fingerprint, load_into, load_weights, start_from
 
 TRIAL = "0123456789abcdef"
 
@@ -337,7 +338,7 @@ def test_a_timm_model_is_loaded_without_a_draw_from_the_global_generator(tmp_pat
     [
         ("vit_base_patch16_clip_224", {}, "epsilon of LayerNorm is 1e-05 there, model.norm_eps is 1e-06"),
         ("vit_base_patch16_224", {"num_heads": 4}, "4 heads there, 2 here"),
-        ("vit_base_patch16_224", {"act_layer": "quick_gelu"}, "activation is QuickGELU there; see model.mlp"),
+        ("vit_base_patch16_224", {"act_layer": "quick_gelu"}, "activation is quick_gelu there, model.mlp is gelu"),
         ("vit_base_patch16_224", {"qk_norm": True}, "normalised queries and keys"),
     ],
 )
