@@ -98,10 +98,10 @@ def collect(folder: Path) -> Frames:
     tables: dict[str, list[pa.Table]] = {file.name: [file.schema.empty_table()] for file in _FILES}
     for trial in sorted(plan.trials, key=lambda trial: trial.trial_id):
         place = folder / "trials" / trial.trial_id
-        row, found = _read_result(place / "result.json", trial.trial_id, problems)
+        row = _read_result(place / "result.json", trial.trial_id, problems)
         row |= {"sweep": plan.sweep, "mlflow_run_id": mlflow.runs.get(trial.trial_id) if mlflow else None}
         rows.append(row)
-        settings.append(_filled(_read_settings(place / "config.json", trial, row["status"], problems), found))
+        settings.append(_read_settings(place / "config.json", trial, row["status"], problems))
         if row["status"] == "missing":
             continue  # nothing of it has been accepted yet
         for file in _FILES:
@@ -184,21 +184,18 @@ def _without_user(uri: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
-def _read_result(path: Path, trial_id: str, problems: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The row of `runs` for one trial, of status "missing" with nulls where there is no readable result; and `found`.
-
-    `found` are settings that weights turned out to have, under their dotted names.
-    """
+def _read_result(path: Path, trial_id: str, problems: list[str]) -> dict[str, Any]:
+    """The row of `runs` for one trial; of status "missing" with nulls where there is no readable result."""
     row: dict[str, Any] = dict.fromkeys(RUNS.names) | {"trial_id": trial_id, "status": "missing"}
     if not path.exists():
-        return row, {}
+        return row
     try:
         raw = _read_json(path)
         if raw.get("status") not in STATUSES:
             raise ValueError(f"its status is {raw.get('status')!r}; allowed: {', '.join(STATUSES)}")
     except (OSError, ValueError) as error:
         problems.append(f"trial {trial_id}: result.json is unreadable: {_short(error)}")
-        return row | {"error": f"result.json is unreadable: {_short(error)}"}, {}
+        return row | {"error": f"result.json is unreadable: {_short(error)}"}
     row["status"] = raw["status"]
     for field in RUNS:
         if field.name not in raw or field.name in ("trial_id", "status"):
@@ -207,11 +204,7 @@ def _read_result(path: Path, trial_id: str, problems: list[str]) -> tuple[dict[s
             row[field.name] = _result_value(field, raw[field.name])
         except (TypeError, ValueError) as error:
             problems.append(f"trial {trial_id}: {field.name} in result.json is unreadable: {_short(error)}")
-    found = raw.get("found") or {}
-    if not isinstance(found, Mapping):
-        problems.append(f"trial {trial_id}: found in result.json is unreadable: it is not a mapping of settings")
-        found = {}
-    return row, flatten(found)
+    return row
 
 
 def _result_value(field: pa.Field, value: Any) -> Any:
@@ -240,11 +233,6 @@ def _read_settings(path: Path, trial: PlannedTrial, status: str, problems: list[
     except (OSError, ValueError) as error:
         problems.append(f"trial {trial.trial_id}: config.json is unreadable: {_short(error)}")
         return known
-
-
-def _filled(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with what is null or absent in them taken from `found`."""
-    return {**found, **{name: value for name, value in settings.items() if value is not None or name not in found}}
 
 
 def _read_table(place: Path, file: _File, trial_id: str, expected: bool, problems: list[str]) -> list[pa.Table]:

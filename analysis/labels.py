@@ -77,6 +77,7 @@ _PROBES = {
 _RECURRENCE = {
     "content": "outliers that recur at the same content",
     "place": "outliers that recur at the same place",
+    "recurs": "outliers that recur at the same relative position",
     "base_rate": "outliers among all patches afterwards",
 }
 _FRACTIONS = (
@@ -88,7 +89,7 @@ _FRACTIONS = (
         "padding_fraction",
         "images_with_outliers",
     ),
-    *("coverage_train", "coverage_test", "content", "place", "base_rate", "score_share"),
+    *("coverage_train", "coverage_test", "content", "place", "recurs", "base_rate", "score_share", "treated"),
 )
 _CHANGE = "change"
 _GROUPS = {"interventions": "", "test_time_registers": "test-time registers: "}
@@ -149,7 +150,7 @@ def metric_label(metric: str) -> str:
         return known[metric]
     first, *parts = metric.split("/")
     if first in _SPLITS and parts:
-        words = [_WORDS.get(part, part.replace("_", " ")) for part in reversed(parts)]
+        words = [_WORDS.get(part, part.replace("_", " ")) for part in reversed(_with_k(parts))]
         return f"{words[0]} ({', '.join([*words[1:], _SPLITS[first]])})"
     if first in _GROUPS and len(parts) > 1:
         return _changed(_GROUPS[first], parts)
@@ -161,6 +162,13 @@ def metric_label(metric: str) -> str:
     if first == "recurrence" and len(parts) > 1 and parts[-1] in _RECURRENCE:
         return f"{_RECURRENCE[parts[-1]]} ({done_text('/'.join(parts[:-1]))})"
     return metric
+
+
+def _with_k(parts: Sequence[str]) -> Sequence[str]:
+    """`knn/k10/top1` with its k in the name of the probe; k = 20 has the short name."""
+    if len(parts) > 2 and parts[0] == "knn" and parts[1][1:].isdigit():
+        return [f"k-NN, k = {parts[1][1:]}", *parts[2:]]
+    return parts
 
 
 def _changed(group: str, parts: Sequence[str]) -> str:

@@ -68,15 +68,15 @@ def _of(cell: Cell, by_trial: Mapping[str, Rows]) -> list[Rows]:
 def _pooled(
     label: str, cell: Cell, ends: Mapping[str, Mapping[str, TokenNorms]], ratios: Mapping[str, float | None]
 ) -> Norms | None:
-    """The patches of all seeds of a cell with the thresholds of every rule."""
-    found = [end for trial, end in patches(ends).items() if trial in {t.trial_id for t in cell.trials}]
+    """The patches of all seeds of a cell with the thresholds of every rule; Otsu's where each seed has one."""
+    found = [kinds[PATCH] for trial in cell.trials if PATCH in (kinds := ends.get(trial.trial_id, {}))]
     if not found:
         return None
     together = pooled([end.histogram for end in found])
     distribution = together.distribution()
     otsu = [end.otsu for end in found if end.otsu is not None]
     rules = {"rule 3": distribution.rule3_threshold(), "fixed 150": 150.0}
-    if otsu:
+    if len(otsu) == len(found):
         rules["Otsu"] = float(np.mean(otsu))
     if (ratio := ratios.get(cell.key)) is not None:
         rules["frozen from the baseline"] = ratio * distribution.median()

@@ -109,12 +109,15 @@ def _known() -> Iterator[_Known]:
             yield _Known(metric, f"{what} (Table {row['table']})", model, float(row["value"]), registers)
 
 
+_OF = ("", " that has one (see coverage)")
+
+
 def _single_token(row: Mapping[str, str], registers: int, table: str) -> _Known:
     token = {"cls": "class token", "normal": "normal patch", "outlier": "outlier patch"}.get(row["token"], "register")
     dataset = _DATASETS.get(row["dataset"], row["dataset"])
     return _Known(
         metric=f"single_token/{row['token']}/top1",
-        what=f"one {token} per image, top-1 on {dataset}, % ({table})",
+        what=f"one {token} per image{_OF[row['token'] == 'outlier']}, top-1 on {dataset}, % ({table})",
         model=f"{row['model']}, {registers} register{'' if registers == 1 else 's'}",
         value=float(row["value"]),
         num_registers=registers,

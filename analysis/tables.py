@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _PROVENANCE = {
     "data_fingerprint": "data",
 }
 _WEIGHTS = "model.weights"  # a setting: the weights that are measured where none are trained
+_TRIAL = re.compile(r"[0-9a-f]{16}([@:].*)?")  # of these, those of a trial: ID[@STEP][:raw, ema or teacher]
 
 
 @dataclass(frozen=True)
@@ -200,9 +202,10 @@ def _cell_flags(cell: Cell, baseline: Cell | None, states: Mapping[str, Mapping[
     """Flags of all rows of a cell.
 
     `mixed_X`: its finished trials differ in X; `baseline_other_X`: they differ in it from the baseline's;
-    `observational`: its weights were not trained here.
+    `observational`: its weights were not trained here, but named, and by no trial's id.
     """
-    named = any(states[trial.trial_id].get(_WEIGHTS) is not None for trial in cell.trials)
+    weights = {states[trial.trial_id].get(_WEIGHTS) for trial in cell.trials}
+    named = any(name is not None and not _TRIAL.fullmatch(name) for name in weights)
     flags: set[str] = {"observational"} if named else set()
     for column, name in _PROVENANCE.items():
         own = _finished(cell, column, states)

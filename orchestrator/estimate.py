@@ -156,7 +156,7 @@ def trial_flops(config: TrialConfig) -> float:
 
 
 def _measured_images(config: TrialConfig) -> int:
-    """Images that the measurements of a trial pass through the backbone at its end.
+    """Images that the measurements of a trial pass through the backbone, most of them at its end.
 
     Interventions and test-time registers score validation and test sets, whose size is not known here: left out.
     """
@@ -167,7 +167,7 @@ def _measured_images(config: TrialConfig) -> int:
         if settings is not None:
             images += settings.train_images + settings.test_images
     details = {"attention", "channels", "similarity"} & set(tokens.measurements)
-    return images + len(details) * tokens.detail_images
+    return images + config.evaluation.points * len(details) * tokens.detail_images
 
 
 def memory_bytes(config: TrialConfig) -> int:

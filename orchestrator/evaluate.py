@@ -11,12 +11,19 @@ from typing import Any
 
 from orchestrator import driver, inspect, overrides, spec, yaml_file
 from orchestrator.layout import SweepLayout
+from orchestrator.ledger import TrialRow
+from orchestrator.plan import build_plan
 from orchestrator.problems import Problem, SpecError
 from trainers import catalog, released
-from trainers.config import ExecutionConfig
+from trainers.config import ExecutionConfig, flatten
+from trainers.explain import shown
 
 PREFIX = "evaluate_"
 _PRIMARY = ("test/linear/top1", "tokens/last/outlier_fraction")
+_SHOWN = (
+    *("model.size", "model.patch_size", "model.num_registers", "model.pre_norm", "model.layer_scale"),
+    "model.weights_fingerprint",
+)
 _NEED_OUR_VIT = ("interventions", "test_time_registers")
 
 
@@ -62,6 +69,7 @@ def _print_metrics(tables: Path) -> None:
 
 def _sweep(model: str, options: driver.Options) -> spec.Sweep:
     found = _find(model, options)
+    _refuse_unknown_activation(found, options)
     document = {
         "name": options.name or _name(found.words),
         "question": f"What do the tokens of {model} hold?",
@@ -74,27 +82,55 @@ def _sweep(model: str, options: driver.Options) -> spec.Sweep:
         path = Path(folder) / "evaluate.yaml"
         path.write_text(yaml_file.dump(document))
         try:
-            return spec.read_sweep(path, options.overrides, options.name)
+            asked = spec.read_sweep(path, options.overrides, options.name)
         except SpecError as error:  # the file is ours: what can be wrong in it is the model or an option
             said = [Problem(model, None, p.message) if p.file == str(path) else p for p in error.problems]
             raise SpecError(said) from error
+    _refuse_misfits(found, asked)
+    return asked
 
 
 def _find(model: str, options: driver.Options) -> _Model:
     if catalog.is_dotted_path(model):
-        return _own(model)
-    if released.source(model).file is not None:
-        path = Path(model).expanduser().resolve()
-        return _described(path.name, {"execution.weights_root": str(path.parent)}, path.stem)
-    matches = inspect.matching(model, options.storage, options.state) if ":" not in model else []
+        return _own(model, options)
+    path = Path(model).expanduser()
+    if path.exists() or released.source(model).file is not None:
+        return _of_path(path.resolve())
+    trial = released.source(model).trial or model
+    matches = inspect.matching(trial, options.storage, options.state) if ":" not in trial else []
     if not matches:
         return _described(model, {}, model)
-    layout, row = inspect.one_of(matches, model)
-    others = {name: row.config["data"][name] for name in ("train", "name", "seed", "decode_size", "scenes")}
-    data = {f"data.{name}": value for name, value in others.items() if value is not None}
+    return _of_trial(*inspect.one_of(matches, trial), model if trial != model else None)
+
+
+def _of_path(path: Path) -> _Model:
+    """A file of weights, or a folder that timm loads.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (path / "config.json").is_file():
+        return _described(f"local-dir:{path}", {}, path.name)
+    if not path.is_dir() and released.source(path.name).file is None:
+        raise ValueError(f"{path}: the type {path.suffix or 'without a suffix'} is not known; {released.SUFFIXES}")
+    return _described(
+        str(path) if path.is_dir() else path.name, {"execution.weights_root": str(path.parent)}, path.stem
+    )
+
+
+def _of_trial(layout: SweepLayout, row: TrialRow, weights: str | None) -> _Model:
+    """A trial that is over, on its own data; `weights` names one of its steps or kinds, else they are its evaluated.
+
+    Raises:
+        ValueError: the trial is not finished.
+    """
+    if row.state != "finished":
+        raise ValueError(f"{row.name} is {row.state}; only a finished trial is evaluated")
+    data = {f"data.{name}": value for name, value in row.config["data"].items() if value is not None}
     root = row.config["execution"]["data_root"]
     place = {"execution.trials_root": str(layout.storage)} | ({} if root is None else {"execution.data_root": root})
-    return _described(row.trial_id, {**data, **place}, row.name)
+    words = row.name if weights is None else f"{row.name} {weights.removeprefix(row.trial_id)}"
+    return _described(weights or row.trial_id, {**data, **place}, words)
 
 
 def _described(weights: str, settings: dict[str, Any], words: str) -> _Model:
@@ -104,15 +140,49 @@ def _described(weights: str, settings: dict[str, Any], words: str) -> _Model:
     return _Model("model.weights", weights, {**describe(weights, ExecutionConfig(**execution)), **settings}, words)
 
 
-def _own(factory: str) -> _Model:
-    """A user's own backbone, which is built once here to be asked for its registers."""
-    from trainers.config import ModelConfig
+def _own(factory: str, options: driver.Options) -> _Model:
+    """A user's own backbone, which is built once here, as the trial will build it, to be asked for its registers.
+
+    Raises:
+        ValueError: it cannot be loaded or built.
+    """
+    from trainers.config import resolve
     from trainers.dotted import load
     from trainers.streams import Streams
 
-    built: Any = load(factory)(ModelConfig(), Streams(0))
+    given = {path[1]: value for path, value, _ in map(overrides.parse, options.overrides) if path[:1] == ("trial",)}
+    config = resolve({**given, "method": "pretrained", "model.factory": factory})
+    build = load(factory)
+    try:
+        built: Any = build(config.model, Streams(0))
+    except Exception as error:
+        raise ValueError(f"{factory} fails to build a backbone: {type(error).__name__}: {error}") from error
     registers = getattr(built, "num_registers", 0)
     return _Model("model.factory", factory, {"model.num_registers": registers}, factory.replace(":", "."))
+
+
+def _refuse_unknown_activation(model: _Model, options: driver.Options) -> None:
+    """CLIP's towers come with either activation and epsilon, which change every number."""
+    given = {path[-1] for path, _, _ in map(overrides.parse, options.overrides) if path[:1] == ("trial",)}
+    wanted = {
+        "model.mlp": "gelu, or quick_gelu for weights of OpenAI and others that kept it",
+        "model.norm_eps": "1e-5",
+    }
+    for setting, advice in wanted.items():
+        if model.setting == "model.weights" and setting not in {*model.settings, *given}:
+            raise ValueError(f"{model.value}: tensors of CLIP do not show {setting}; give --set {setting}={advice}")
+
+
+def _refuse_misfits(model: _Model, asked: spec.Sweep) -> None:
+    """What tensors show cannot be set otherwise, nor what only a trial's settings say and plain weights lack."""
+    if model.setting != "model.weights":
+        return
+    config = flatten(build_plan(asked).trials[0].config.model_dump())
+    plain = {"model.sink": "none", "model.register_mask": "full" if config["model.num_registers"] else None}
+    for name in (*_SHOWN, *plain):
+        own = model.settings.get(name, plain.get(name, config[name]))
+        if own != config[name]:
+            raise ValueError(f"{model.value}: the weights have {name} {shown(own)}, not {shown(config[name])}")
 
 
 def _measurements(model: _Model, options: driver.Options) -> list[str]:

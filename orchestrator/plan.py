@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.cells import Cell, Grid
 from orchestrator.sweep import Resources, Sweep
 from orchestrator.trial_names import trial_names
+from trainers import released
 from trainers.config import TrialConfig, flatten, resolve, trial_id
 
 # Student's t at 0.975 for 1 … 30 degrees of freedom, as handbooks list it; scipy takes too long to load for a plan.
@@ -88,7 +89,8 @@ def build_plan(sweep: Sweep) -> Plan:
             notes.append(f"the cells {_shown(known[0])} and {_shown(values)} are the same trial; the first is kept")
     notes += _without_effect(sweep, [values for values, _ in cells.values()])
     kept = list(cells.values())
-    notes += _mixed_recipes([config for _, config in kept]) + _enlarged([config for _, config in kept])
+    configs = [config for _, config in kept]
+    notes += _mixed_recipes(configs) + _enlarged(configs) + _nameless(configs)
     return Plan(sweep, _trials(sweep, kept), tuple(values for values, _ in kept), tuple(notes))
 
 
@@ -111,6 +113,17 @@ def _enlarged(configs: Sequence[TrialConfig]) -> list[str]:
         f"data.decode_size {decoded} is below model.image_size {size}: images are enlarged, which adds no detail"
         for decoded, size in sorted(sizes, key=str)
         if isinstance(decoded, int) and isinstance(size, int) and decoded < size
+    ]
+
+
+def _nameless(configs: Sequence[TrialConfig]) -> list[str]:
+    """That of some measured weights nothing but the file says what model they are of."""
+    models = {config.model.weights: config.model for config in configs if config.model.weights is not None}
+    return [
+        f"model.weights {name} is no name of released weights: it must be of model.size {model.size}, patch size "
+        f"{model.patch_size}, {model.num_registers} registers, as stated or by default"
+        for name, model in models.items()
+        if name is not None and not released.settings(name)
     ]
 
 

@@ -67,6 +67,10 @@ def test_what_a_trial_leaves_can_be_drawn_and_named(tiny: dict[str, Any], tmp_pa
         "optim.steps": 2,
         "data.decode_size": 32,
         "tokens.measurements": list(MEASUREMENTS),
+        "tokens.recurrence.scales": [1.5],
+        "tokens.single_token.num_c": 2,
+        "tokens.single_token.draws": 2,
+        "tokens.locality.train_images": 32,
         "tokens.outlier_rule": "fixed",
         "tokens.outlier_norm": OUTLIER_NORM,
     }

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from torch import Generator, Tensor
 
-from trainers import color
+from trainers import catalog, color
 from trainers.device import moved
 from trainers.method_settings import DeiT3Config
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = catalog.NORMALIZATIONS["imagenet"]
 
 CROP_PADDING = 4  # px, reflected, on every side before a simple random crop
 RESIZED_SCALE = (0.08, 1.0)  # area of a resized crop as a fraction of the image
@@ -232,9 +231,9 @@ def normalize(images: Tensor) -> Tensor:
     return standardise(_planes(images))
 
 
-def evaluation_view(images: Tensor, image_size: int) -> Tensor:
+def evaluation_view(images: Tensor, image_size: int, normalization: str = "imagenet") -> Tensor:
     """uint8 [B, H, H, 3] resized to S where sizes differ (antialiased bicubic), normalised: float32 [B, 3, S, S]."""
-    return normalize(_resize(images, image_size))
+    return standardise(_planes(_resize(images, image_size)), normalization=normalization)
 
 
 def _resize(images: Tensor, image_size: int) -> Tensor:
@@ -250,7 +249,7 @@ def _planes(images: Tensor) -> Tensor:
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
-def standardise(pixels: Tensor, out: Tensor | None = None) -> Tensor:
-    """(x / 255 - mean) / std with ImageNet's mean and standard deviation, of float32 [B, 3, H, W]."""
-    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+def standardise(pixels: Tensor, out: Tensor | None = None, normalization: str = "imagenet") -> Tensor:
+    """(x / 255 - mean) / std of float32 [B, 3, H, W], with mean and deviation of `catalog.NORMALIZATIONS`."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in catalog.NORMALIZATIONS[normalization])
     return torch.mul(pixels, moved(1.0 / (255.0 * std), pixels.device), out=out).sub_(moved(mean / std, pixels.device))

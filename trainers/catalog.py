@@ -62,6 +62,13 @@ class MeasurementEntry:
     needs: tuple[str, ...] = ()
 
 
+# Mean and standard deviation of RGB values in [0, 1] by which models expect their images, as timm names them.
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
 MODEL_SIZES = {
     "nano": ModelSize(width=64, depth=4, heads=2),  # ours, for tests and the quickstart
     "tiny": ModelSize(width=192, depth=12, heads=3),
@@ -124,13 +131,13 @@ PROBES = {
 
 
 MEASUREMENTS = {
-    # where outliers are, image by image and on the grid; registers among themselves
+    # where outliers are, image by image and on the grid
     "location": MeasurementEntry(build="trainers.tokens.location:measure", every=True),
     # massive activations, kurtosis over channels
     "channels": MeasurementEntry(build="trainers.tokens.channels:measure", every=True),
     # attention on outliers, registers and itself, by head; attention maps
     "attention": MeasurementEntry(build="trainers.tokens.attention:measure", every=True),
-    # how alike tokens of the last layer are: class and patches, neighbours, registers
+    # how alike tokens are: class and patches, neighbours, registers
     "similarity": MeasurementEntry(build="trainers.tokens.similarity:measure", every=True),
     # how alike outliers were to their neighbours when they entered
     "neighbors": MeasurementEntry(build="trainers.tokens.neighbors:measure", every=True),

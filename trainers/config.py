@@ -37,6 +37,7 @@ AS_BEFORE: Mapping[str, object] = {
     "model.mlp": "gelu",
     "model.pos_antialias": True,
     "model.pos_offset": 0.0,
+    "model.normalization": "imagenet",
     "model.sink": "none",
     "model.register_mask": "full",
     "optim.schedule": "timm",
@@ -119,6 +120,9 @@ class ModelConfig(Section):
     )
     register_mask: Literal["full", "patches_cannot_read", "registers_cannot_write", "detached"] | None = Field(
         "full", description="who attends to whom: sink, storage and extra compute apart; null with 0 registers"
+    )
+    normalization: Annotated[str, *known(catalog.NORMALIZATIONS)] = Field(
+        "imagenet", description="of the images of measured weights, which were trained with it; imagenet for training"
     )
     init_from: InitFrom | None = Field(None, description="weights to start from; null for random ones")
     weights: str | None = Field(

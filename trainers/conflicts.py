@@ -81,10 +81,16 @@ def _measured_weights(config: TrialConfig) -> Iterator[Conflict]:
     """Weights are measured by the method that trains nothing, and by no other."""
     method, model = catalog.METHODS.get(config.method), config.model
     if method is None or method.trains:
+        if model.normalization != "imagenet":
+            yield (
+                f"model.normalization {model.normalization} is for weights that method pretrained measures; method "
+                f"{config.method} trains with imagenet",
+                ("model.normalization", "method"),
+            )
         if model.weights is not None:
             yield (
-                f"model.weights are measured as they are, with method pretrained; method {config.method} trains: to "
-                "start from them use model.init_from",
+                f"model.weights are measured by method pretrained, and method is {config.method}: set that, or "
+                "model.init_from to train from them",
                 ("model.weights", "method"),
             )
         return
@@ -210,6 +216,7 @@ def _missing_measurements(config: TrialConfig) -> Iterator[Conflict]:
         entry = catalog.MEASUREMENTS.get(name)
         if entry is not None and entry.section is not None and getattr(config.tokens, entry.section) is None:
             yield f"tokens.{entry.section} is null; tokens.measurements names it", ("tokens.measurements",)
+    yield from _missing_layers(config)
     recurrence, model = config.tokens.recurrence, config.model
     if recurrence is None or "recurrence" not in config.tokens.measurements or not isinstance(model.image_size, int):
         return
@@ -218,6 +225,25 @@ def _missing_measurements(config: TrialConfig) -> Iterator[Conflict]:
             f"tokens.recurrence.shift {recurrence.shift} leaves nothing of {side} × {side} patches; at most {side - 1}",
             ("tokens.recurrence.shift", "model.image_size", "model.patch_size"),
         )
+
+
+def _missing_layers(config: TrialConfig) -> Iterator[Conflict]:
+    """Layers that measurements name are there; how many a user's own backbone has only it can say."""
+    if config.model.factory is not None:
+        return
+    depth = catalog.MODEL_SIZES[config.model.size].depth
+    treated = config.tokens.interventions if "interventions" in config.tokens.measurements else None
+    named = {
+        "tokens.outlier_layer": config.tokens.outlier_layer,
+        "tokens.interventions.layer": None if treated is None else treated.layer,
+    }
+    for name, layer in named.items():
+        if isinstance(layer, int) and not -depth - 1 <= layer <= depth:
+            yield (
+                f"{name} {layer} is not there: model.size {config.model.size} has layers 0 to {depth}, or -1 to "
+                f"{-depth - 1} from the last",
+                (name, "model.size"),
+            )
 
 
 def _unmet_needs(config: TrialConfig) -> Iterator[Conflict]:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from trainers import vit
 from trainers.attention import SINKS, Layout, deleting
+from trainers.device import moved
 from trainers.vit import Tokens, ViT
 
 
@@ -195,7 +196,8 @@ def constant_registers(layers: Sequence[Tensor]) -> RegisterSource:
 def registers_of_others(backbone: vit.Backbone, draw: Draw, spare: Tensor) -> RegisterSource:
     """The registers of another image of the batch in an undisturbed pass.
 
-    A random cyclic permutation of the batch decides whose, so that no image keeps its own.
+    A random cyclic permutation of the batch decides whose, so that no image keeps its own. All batches of one size get
+    the same permutation, so that whose registers an image gets depends on the batch in which it is seen.
 
     Args:
         backbone: the untouched one, which is run besides.
@@ -222,16 +224,19 @@ def treat_patches(layer: int, threshold: float, treatment: Treatment, *, normal:
         layer: 0 … L.
         threshold: norms above it are outliers'; padding is judged by its norm, since a pass does not know of it.
         treatment: `clamped`, `averaged` or `deleted`.
-        normal: if given, as many patches of each image that are no outliers are drawn from it and treated instead, or
-            all of them where they are fewer.
+        normal: if given, as many patches of each image that are no outliers are drawn and treated instead, or all of
+            them where they are fewer. Which ones follows from this and the image's pixels: the same in every batch and
+            split, and others in each image.
     """
 
-    def begin(_images: Tensor) -> Step:
+    def begin(images: Tensor) -> Step:
         def step(state: State) -> State:
             if state.layer != layer:
                 return state
             outliers_BN = _norms(state.patches_BND) > threshold
-            chosen_BN = outliers_BN if normal is None else _as_many_normal(outliers_BN, normal())
+            chosen_BN = outliers_BN
+            if normal is not None:
+                chosen_BN = _as_many_normal(outliers_BN, _draws(images, outliers_BN.shape[1], normal()))
             return treatment(state, chosen_BN, outliers_BN)
 
         return step
@@ -285,8 +290,21 @@ def _mean(patches_BND: Tensor, of_BN: Tensor) -> Tensor:
     return (patches_BND * weight_BN1).sum(dim=1) / weight_BN1.sum(dim=1).clamp_min(1)
 
 
-def _as_many_normal(outliers_BN: Tensor, generator: torch.Generator) -> Tensor:
-    """As many random patches of each image as it has outliers, none of them an outlier."""
-    drawn_BN = torch.rand(outliers_BN.shape, generator=generator).to(outliers_BN.device)
-    rank_BN = drawn_BN.masked_fill(outliers_BN, 2.0).argsort(dim=1).argsort(dim=1)
+def _draws(images: Tensor, patches: int, generator: torch.Generator) -> Tensor:
+    """Random integers [B, N] of the patches of each image, which its pixels decide whatever batch it is in.
+
+    Multiplicative hashing: an image's key is a sum of its pixels' bits times random numbers, each patch multiplies it
+    by a random odd number. Integers wrap around, so that all devices and orders of summation give equal results.
+    """
+    pixels_BP = images.detach().float().contiguous().view(torch.int32).flatten(1)
+    weights_P = torch.randint(-(2**31), 2**31, pixels_BP.shape[1:], generator=generator).int()
+    factors_N = 2 * torch.randint(-(2**62), 2**62, (patches,), generator=generator) + 1
+    keys_B1 = (pixels_BP * moved(weights_P, images.device)).sum(dim=1, keepdim=True, dtype=torch.int64)
+    return keys_B1 * moved(factors_N, images.device)
+
+
+def _as_many_normal(outliers_BN: Tensor, draws_BN: Tensor) -> Tensor:
+    """Of each image as many patches with the lowest draws as it has outliers, none of them an outlier."""
+    last = torch.iinfo(draws_BN.dtype).max
+    rank_BN = draws_BN.masked_fill(outliers_BN, last).argsort(dim=1).argsort(dim=1)
     return (rank_BN < outliers_BN.sum(dim=1, keepdim=True)) & ~outliers_BN

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +17,17 @@ from numpy.typing import NDArray
 from torch import nn
 
 from trainers import catalog
-from trainers.config import ModelConfig, TrialConfig, trial_id
+from trainers.config import TrialConfig, trial_id
 from trainers.data import DataSet
-from trainers.dotted import load
 from trainers.files import write_whole
-from trainers.measurement import Arrays, Measurement, Metric, PerImage, Picture, Statistic, Subject
+from trainers.measurement import Arrays, Metric, PerImage, Picture, Statistic, Subject, findings
 from trainers.probes.fitted import PREFIXES, FittedProbes, Probes
 from trainers.streams import Streams
+from trainers.tokens.location import on_grid
 from trainers.tokens.norms import NormRow, probe_rows
 from trainers.tokens.statistics import StatisticRow
 
+_OTHERS = ("train/", "val/", "test/", "tokens/last/", "tokens/onset_")  # metrics that no measurement gives
 _MAP_IMAGES = 8  # images whose last-layer norm maps are kept
 
 _PER_IMAGE = pa.schema(
@@ -56,36 +58,37 @@ class Evaluation:
         data: its data set.
         streams: of the trial; evaluation draws from none that training draws from.
         device: where backbones are.
-        model: the backbone's settings, where its weights decide them; else those of `config`.
     """
 
-    def __init__(
-        self,
-        config: TrialConfig,
-        data: DataSet,
-        streams: Streams,
-        device: torch.device,
-        model: ModelConfig | None = None,
-    ) -> None:
+    def __init__(self, config: TrialConfig, data: DataSet, streams: Streams, device: torch.device) -> None:
         self._config, self._data, self._streams, self._device = config, data, streams, device
-        self._model = model or config.model
-        assert isinstance(self._model.image_size, int), "the configuration is not resolved"
+        assert isinstance(config.model.image_size, int), "the configuration is not resolved"
         self._trial_id = trial_id(config)
         self._per_image: dict[tuple[str, str], NDArray[np.floating]] = {}  # by split and metric
-        self.probes = Probes(config.evaluation, data, self._model.image_size, streams, device)
+        self.probes = Probes(config.evaluation, data, config.model, streams, device)
 
-    def subject(self, backbone: nn.Module, step: int, fitted: FittedProbes | None = None) -> Subject:
-        """`backbone` as measurements see it."""
+    def subject(
+        self,
+        backbone: nn.Module,
+        step: int,
+        *,
+        at_end: bool = False,
+        fitted: FittedProbes | None = None,
+        scores: Mapping[str, float] | None = None,
+    ) -> Subject:
+        """`backbone` as measurements see it; at the end of a trial with its probes and what they scored."""
         return Subject(
             backbone=backbone,
-            model=self._model,
+            model=self._config.model,
             tokens=self._config.tokens,
             data=self._data,
             device=self._device,
             streams=self._streams,
             step=step,
             probes=self.probes,
+            at_end=at_end,
             fitted=fitted,
+            scores=scores,
         )
 
     def score(self, backbone: nn.Module, fitted: FittedProbes, splits: Sequence[str]) -> dict[str, float]:
@@ -118,10 +121,9 @@ class Evaluation:
             entry = catalog.MEASUREMENTS.get(name)
             if not (at_end or (entry is not None and entry.every)):
                 continue
-            measure = cast(Measurement, load(name if entry is None else entry.build))
-            settings = getattr(subject.tokens, entry.section) if entry is not None and entry.section else None
-            for finding in measure(subject, settings):
+            for finding in findings(name, subject):
                 if isinstance(finding, Metric):
+                    _refuse_metric(name, finding, found.metrics)
                     found.metrics[finding.name] = float(finding.value)
                 elif isinstance(finding, Statistic):
                     found.statistics.append(self._row(finding, weights, subject.step))
@@ -142,11 +144,15 @@ class Evaluation:
             write_whole(directory / "attention" / f"{finding.name}.png", finding.png)
 
     def write_norm_map(self, subject: Subject, directory: Path) -> None:
-        """Publish norm_map.npz: a few probe images and the norms of their last-layer patches on the grid."""
+        """Publish norm_map.npz: a few probe images and the norms of their last-layer patches on the grid.
+
+        Raises:
+            ValueError: the patches do not fill the grid.
+        """
         images = np.array(subject.probe_images(_MAP_IMAGES))
         layers, norms = len(subject.norms[0]), subject.patch_norms()[: len(images)]
-        grid = norms.reshape(len(images), *subject.grid)
-        _write_arrays({"images": images, "norms": grid, "layer": np.int64(layers - 1)}, directory / "norm_map.npz")
+        arrays = {"images": images, "norms": on_grid(norms, subject.grid), "layer": np.int64(layers - 1)}
+        _write_arrays(arrays, directory / "norm_map.npz")
 
     def write_probes(self, history: list[tuple[int, dict[str, float]]], directory: Path) -> None:
         """Publish probes.parquet: every probe metric of every evaluation."""
@@ -174,6 +180,20 @@ class Evaluation:
             for (split, metric), values in sorted(self._per_image.items())
         ]
         _write_table(pa.concat_tables(tables) if tables else _PER_IMAGE.empty_table(), directory / "per_image.parquet")
+
+
+def _refuse_metric(measurement: str, metric: Metric, known: Mapping[str, float]) -> None:
+    """A measurement gives finite numbers under names that nothing else has.
+
+    Raises:
+        ValueError: it does not; a user's own may know no better.
+    """
+    if metric.name in known or metric.name.startswith(_OTHERS):
+        raise ValueError(f"measurement {measurement} gives the metric {metric.name}, a name that is taken")
+    if not math.isfinite(metric.value):
+        raise ValueError(
+            f"measurement {measurement} gives {metric.name} = {metric.value}; what is undefined is left out"
+        )
 
 
 def _write_arrays(arrays: Mapping[str, Any], path: Path) -> None:

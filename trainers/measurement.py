@@ -16,16 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from trainers import vit
+from trainers import catalog, vit
 from trainers.augment import evaluation_view
 from trainers.config import ModelConfig, TokensConfig
 from trainers.data import DataSet, Split
+from trainers.dotted import load
 from trainers.probes.features import evaluating
 from trainers.probes.fitted import FittedProbes, Probes
 from trainers.streams import Streams
 from trainers.tokens import outliers
 
 CHUNK = 64  # images in a forward pass
+DETAIL_CHUNK = 16  # … that keeps whole layers: one of ViT-g, 16 images of 37 × 37 patches, takes 135 MB in float32
 
 
 class Metric(NamedTuple):
@@ -85,7 +87,10 @@ class Subject:
         streams: for draws; take fresh generators from `generator` or `numpy`, so that training draws the same.
         step: optimiser steps that the weights have seen.
         probes: the trial's downstream probes, to be fitted on variants of the backbone.
-        fitted: those probes fitted on this backbone; None before the end of a trial.
+        at_end: whether this is the end of a trial, which alone keeps what is large: PerImage, Arrays and Picture.
+        fitted: those probes fitted on this backbone; None before the end.
+        scores: their metrics `val/…` and `test/…` on this backbone; None before the end.
+        kept_threshold: of an edited backbone, the norm that makes outliers of the untouched one; None elsewhere.
     """
 
     backbone: nn.Module
@@ -96,11 +101,21 @@ class Subject:
     streams: Streams
     step: int
     probes: Probes
+    at_end: bool = False
     fitted: FittedProbes | None = None
+    scores: Mapping[str, float] | None = None
+    kept_threshold: float | None = None
 
     def with_backbone(self, backbone: nn.Module) -> Subject:
-        """The same question to other weights; probes are not fitted on them."""
-        return replace(self, backbone=backbone, fitted=None)
+        """The same question to other weights; probes are not fitted on them, and nothing large is kept of them."""
+        return replace(self, backbone=backbone, at_end=False, fitted=None, scores=None)
+
+    def edited(self, backbone: nn.Module) -> Subject:
+        """The same question to an edited forward pass: what is an outlier is still decided by the untouched norms.
+
+        A threshold of its own would follow the edit, and call other patches outliers where the bulk has narrowed.
+        """
+        return replace(self.with_backbone(backbone), kept_threshold=self.threshold)
 
     @property
     def num_registers(self) -> int:
@@ -129,7 +144,8 @@ class Subject:
 
     def view(self, pixels: NDArray[np.uint8], image_size: int | None = None) -> Tensor:
         """uint8 [B, H, H, 3] as the backbone takes them: float32 [B, 3, S, S] on the device, normalised."""
-        return evaluation_view(torch.from_numpy(np.array(pixels)).to(self.device), image_size or self.image_size)
+        on_device = torch.from_numpy(np.array(pixels)).to(self.device)
+        return evaluation_view(on_device, image_size or self.image_size, self.model.normalization)
 
     def probe_images(self, most: int | None = None) -> NDArray[np.uint8]:
         """Pixels of the probe images, or of the first `most` of them: uint8 [n, H, H, 3]."""
@@ -189,6 +205,8 @@ class Subject:
     @functools.cached_property
     def threshold(self) -> float:
         """The norm above which a patch of `tokens.outlier_layer` is an outlier; infinite where the rule gives none."""
+        if self.kept_threshold is not None:
+            return self.kept_threshold
         return self.threshold_of(self.patch_norms(self.tokens.outlier_layer))
 
     def threshold_of(self, norms: NDArray[np.floating]) -> float:
@@ -199,3 +217,14 @@ class Subject:
     def outliers(self) -> NDArray[np.bool_]:
         """Which patches of the probe images are outliers, [B, N]."""
         return self.patch_norms(self.tokens.outlier_layer) > self.threshold
+
+
+def findings(name: str, subject: Subject) -> Iterator[Finding]:
+    """What the measurement `name` finds, one of trainers.catalog.MEASUREMENTS or a user's own, by its settings.
+
+    Raises:
+        ValueError: it cannot be loaded, or it does not support the subject.
+    """
+    entry = catalog.MEASUREMENTS.get(name)
+    measure = cast(Measurement, load(name if entry is None else entry.build))
+    return measure(subject, getattr(subject.tokens, entry.section) if entry is not None and entry.section else None)

@@ -24,8 +24,20 @@ log = logging.getLogger(__name__)
 # What a trial's own settings say that tensors do not show, and what they show: everything that decides what a ViT is.
 _OF_A_TRIAL = (
     *("size", "patch_size", "image_size", "num_registers", "layer_scale", "pre_norm", "norm_eps", "mlp"),
-    *("pos_antialias", "pos_offset", "sink", "register_mask"),
+    *("pos_antialias", "pos_offset", "sink", "register_mask", "normalization"),
 )
+
+# Of these, what must be as in the trial: what has no tensor by which a mismatch would show, and what explains others.
+_UNSEEN = (
+    *("size", "patch_size", "num_registers"),
+    *("mlp", "norm_eps", "pre_norm", "pos_antialias", "pos_offset", "sink", "register_mask", "normalization"),
+)
+
+# What tensors do not show, and a name may say.
+_BY_NAME = ("model.pos_antialias", "model.pos_offset", "model.normalization")
+
+
+_KNOWN_NORMALIZATIONS = f"known: {', '.join(catalog.NORMALIZATIONS)}"
 
 
 def open_backbone(model: ModelConfig, execution: ExecutionConfig, streams: Streams) -> tuple[ViT, str]:
@@ -66,11 +78,18 @@ def describe(name: str, execution: ExecutionConfig) -> dict[str, Any]:
     source, found, of_trial = _read(name, execution)
     settings = {"model.weights_fingerprint": weights.fingerprint(found.tensors)}
     if of_trial is not None:
-        return settings | {f"model.{key}": of_trial[key] for key in _OF_A_TRIAL}
-    return {**settings, **_settings_of(source, found), **released.settings(name)}
+        return settings | {f"model.{key}": of_trial[key] for key in _OF_A_TRIAL if key in of_trial}
+    said = released.settings(name)
+    by_name = {key: said[key] for key in _BY_NAME if key in said}
+    return {**settings, **by_name, **_settings_of(source, found, said)}
 
 
-def _settings_of(source: str, found: Converted) -> dict[str, Any]:
+def _settings_of(source: str, found: Converted, said: Mapping[str, object]) -> dict[str, Any]:
+    """Settings that tensors show, or timm's model; of activation and epsilon else what the name says or is usual.
+
+    CLIP's towers, which have a norm before the first block, come with either activation, and under timm's names with
+    another epsilon than other ViTs: what neither model nor name says of them is left out.
+    """
     tensors = found.tensors
     patches = tensors["patch_embed.proj.weight"]
     depth = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
@@ -85,9 +104,19 @@ def _settings_of(source: str, found: Converted) -> dict[str, Any]:
         "model.num_registers": found.num_registers,
         "model.layer_scale": 1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         "model.pre_norm": "norm_pre.weight" in tensors,
-        "model.norm_eps": found.norm_eps or 1e-6,
-        "model.mlp": "swiglu" if gated else found.activation or "gelu",
     }
+    mlp = "swiglu" if gated else found.activation or said.get("model.mlp")
+    eps = found.norm_eps or said.get("model.norm_eps")
+    if settings["model.pre_norm"] and not said:
+        settings |= {} if mlp is None else {"model.mlp": mlp}
+        settings |= {} if eps is None else {"model.norm_eps": eps}
+    else:
+        settings |= {"model.mlp": mlp or "gelu", "model.norm_eps": eps or 1e-6}
+    normalization = found.normalization or ("clip" if found.layout == "open_clip" else None)
+    if normalization in catalog.NORMALIZATIONS:
+        settings["model.normalization"] = normalization
+    elif normalization is not None:
+        raise ValueError(f"{source}: images are normalised with {normalization}; {_KNOWN_NORMALIZATIONS}")
     if found.layout == "dinov2" and not found.num_registers:  # its configurations' defaults
         settings |= {"model.pos_antialias": False, "model.pos_offset": 0.1}
     return settings
@@ -96,9 +125,9 @@ def _settings_of(source: str, found: Converted) -> dict[str, Any]:
 def _found(name: str, execution: ExecutionConfig, model: ModelConfig) -> tuple[str, Converted]:
     source, found, of_trial = _read(name, execution)
     if of_trial is not None:
-        weights.refuse_other_settings(of_trial, model, source)
+        weights.refuse_other_settings(of_trial, model, source, _UNSEEN)
     else:
-        weights.refuse_other_architecture(found, model, source)
+        weights.refuse_other_architecture(found, model, source, measured=True)
     return source, found
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 Settings = dict[str, object]
 
+SUFFIXES = "allowed: .safetensors, .pt, .pth, .bin, or a folder that timm loads, which has a config.json"
+
 _TRIAL = re.compile(r"(?P<id>[0-9a-f]{16})(@(?P<step>\d+))?(:(?P<kind>raw|ema|teacher))?")
 _FILE = re.compile(r".*\.(safetensors|pt|pth|bin)")
 _TIMM_PREFIXES = ("local-dir:", "hf-hub:", "hf_hub:", "timm/")
@@ -19,7 +21,12 @@ _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 # Position embeddings as the official code resamples them: the configurations without registers keep its defaults.
 _OLD_POSITIONS: Settings = {"model.pos_antialias": False, "model.pos_offset": 0.1}
-_CLIP: Settings = {"model.pre_norm": True, "model.norm_eps": 1e-5, "model.layer_scale": None}
+_CLIP: Settings = {
+    "model.pre_norm": True,
+    "model.norm_eps": 1e-5,
+    "model.layer_scale": None,
+    "model.normalization": "clip",
+}
 _LAYER_SCALE: Settings = {"model.layer_scale": 1e-5}  # that there is one; its values come with the weights
 _NO_LAYER_SCALE: Settings = {"model.layer_scale": None}
 
@@ -31,6 +38,7 @@ _FAMILIES: tuple[tuple[str, Settings], ...] = (
     (r"deit3_|deit_3_", _LAYER_SCALE),
     (r"vit_\w+_clip_quickgelu_", {**_CLIP, "model.mlp": "quick_gelu"}),
     (r"vit_\w+_clip_", _CLIP),
+    (r"vit_\w+\.(augreg|orig)", {**_NO_LAYER_SCALE, "model.normalization": "inception"}),
     (r"deit_(tiny|small|base)_|vit_(tiny|small|base|large|huge)_patch", _NO_LAYER_SCALE),
 )
 _SHAPES = (

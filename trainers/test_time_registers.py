@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainers.edits import EditedViT, NeuronEdit, editable
-from trainers.interventions import effect, every_metric
+from trainers.interventions import effect, every_metric, rule3_limit
 from trainers.measurement import Arrays, Finding, Metric, Subject
 from trainers.token_settings import TestTimeRegistersConfig
 
@@ -207,17 +207,18 @@ def measure(subject: Subject, settings: TestTimeRegistersConfig) -> Iterator[Fin
         "random": [with_test_time_register(backbone, neurons) for neurons in drawn],
         "zeroed": [with_zeroed_neurons(backbone, found.neurons)],
     }
-    untouched = every_metric(subject, subject.fitted or subject.probes.fit(backbone))
+    limit = rule3_limit(subject)
+    untouched = every_metric(subject, subject.fitted or subject.probes.fit(backbone), limit)
     for what, remedied in variants.items():
-        draws = [_remedied(subject, variant) for variant in remedied]
+        draws = [_remedied(subject, variant, limit) for variant in remedied]
         shared = [name for name in (draws[0] if draws else ()) if all(name in draw for draw in draws)]
         metrics = {name: float(np.mean([draw[name] for draw in draws])) for name in shared}
         yield from effect(f"test_time_registers/{what}", metrics, untouched)
 
 
-def _remedied(subject: Subject, variant: EditedViT) -> dict[str, float]:
-    of_variant = subject.with_backbone(variant)
-    metrics = every_metric(of_variant, subject.probes.fit(variant))
+def _remedied(subject: Subject, variant: EditedViT, limit: float) -> dict[str, float]:
+    of_variant = subject.edited(variant)
+    metrics = every_metric(of_variant, subject.probes.fit(variant), limit)
     if variant.num_registers > subject.num_registers:
         layer = subject.tokens.outlier_layer
         added_B = of_variant.norms[0][layer, :, variant.num_registers]  # class, registers, of which it is the last

@@ -230,12 +230,15 @@ class _Training:
         return metrics
 
     def _measure(self, splits: tuple[str, ...]) -> dict[str, float]:
-        name = catalog.METHODS[self.config.method].weights if self.config.method in catalog.METHODS else "raw"
+        entry = catalog.METHODS.get(self.config.method)
+        name, trains = ("raw", True) if entry is None else (entry.weights, entry.trains)
         evaluated, ema = self.method.evaluated(), self.stepper.ema
         at_end = "test" in splits
         fitted = self.evaluation.probes.fit(evaluated)
         metrics = self.evaluation.score(evaluated, fitted, splits)
-        self.subject = subject = self.evaluation.subject(evaluated, self.step, fitted if at_end else None)
+        known = (fitted, metrics) if at_end else (None, None)
+        subject = self.evaluation.subject(evaluated, self.step, at_end=at_end, fitted=known[0], scores=known[1])
+        self.subject = subject
         rows = self.evaluation.token_rows(subject, name)
         self.rows += rows
         if name != "raw":
@@ -244,7 +247,7 @@ class _Training:
             self.rows += self.evaluation.token_rows(self.evaluation.subject(ema.module, self.step), "ema")
         findings = self.evaluation.measure(subject, name, self.directory, at_end=at_end)
         self.statistics += findings.statistics
-        onset = onset_step([row for row in self.rows if row.weights == name]) if at_end else {}
+        onset = onset_step([row for row in self.rows if row.weights == name]) if at_end and trains else {}
         return {**last_layer_metrics(rows), **metrics, **findings.metrics, **onset}
 
     def _finish(self, report: Report) -> None:
@@ -305,8 +308,9 @@ class _Training:
         if state["trial_id"] != trial_id(self.config):
             raise ValueError(f"the checkpoint belongs to trial {state['trial_id']}, not to this configuration")
         if state["started_from"] != self.started_from:
+            setting = "model.init_from" if self.config.model.weights is None else "model.weights"
             raise ValueError(
-                f"model.init_from gives other weights ({self.started_from}) than when this trial began "
+                f"{setting} gives other weights ({self.started_from}) than when this trial began "
                 f"({state['started_from']}); bring the former ones back, or start another trial"
             )
         self.step, self._last_good = state["step"], state["last_good"]
@@ -315,7 +319,8 @@ class _Training:
         self.history = [(step, dict(metrics)) for step, metrics in state["history"]]
         if distributed.rank() == 0:
             self.rows = token_table.from_table(_from_tensor(state["rows"]))
-            self.statistics = token_statistics.from_table(_from_tensor(state["statistics"]))
+            if "statistics" in state:  # older checkpoints have none
+                self.statistics = token_statistics.from_table(_from_tensor(state["statistics"]))
         log.info("resumed at step %d", self.step)
         if distributed.rank() == 0:
             for step, metrics in self.history:

@@ -6,11 +6,12 @@ import argparse
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -20,6 +21,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from trainers import catalog
 from trainers.explain import did_you_mean
 from trainers.weight_layouts import Converted, convert
 
@@ -62,6 +64,8 @@ def _pickled(path: Path) -> Any:
 
     Official checkpoints of deit and dino hold their command line too, as a Namespace, which holds no code.
     """
+    if zipfile.is_zipfile(path) and (part := _damaged(path)) is not None:  # which torch.load would not notice
+        raise ValueError(f"{path}: is damaged (checksum of {part}); {_ALLOWED}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -71,6 +75,15 @@ def _pickled(path: Path) -> Any:
         raise ValueError(f"{path}: {what}, which is not loaded; {_ALLOWED}") from error
     except Exception as error:  # whatever a parser makes of a damaged file
         raise ValueError(f"{path}: is no file of torch.save's ({_first_line(error)}); {_ALLOWED}") from error
+
+
+def _damaged(path: Path) -> str | None:
+    """The first part of a zip file whose checksum is wrong; None where all are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as error:
+        return _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -117,7 +130,23 @@ def read_timm(name: str) -> Converted:
         raise ValueError(f"timm's {name}: {error}") from error
     block: Any = model.blocks[0]
     norm: Any = model.norm
-    return replace(found, norm_eps=norm.eps, heads=block.attn.num_heads, activation=_activation(block.mlp.act))
+    return replace(
+        found,
+        norm_eps=norm.eps,
+        heads=block.attn.num_heads,
+        activation=_activation(block.mlp.act),
+        normalization=_normalization(cast(Mapping[str, Any], model.pretrained_cfg)),
+    )
+
+
+def _normalization(cfg: Mapping[str, Any]) -> str:
+    """The name in `model.normalization` of what a timm model expects, else its numbers."""
+    given = tuple(tuple(round(float(value), 6) for value in cfg[key]) for key in ("mean", "std"))
+    known = {
+        name: tuple(tuple(round(value, 6) for value in part) for part in parts)
+        for name, parts in catalog.NORMALIZATIONS.items()
+    }
+    return next((name for name, parts in known.items() if parts == given), f"mean {given[0]}, std {given[1]}")
 
 
 @contextmanager

@@ -78,6 +78,7 @@ class Converted:
         norm_eps: epsilon of LayerNorm that this layout's models have; None where that varies.
         heads: of attention; None where only the user knows.
         activation: of the MLP, as `model.mlp` names it; None where only the user knows.
+        normalization: of images, as `model.normalization` names it; None where only the user knows.
     """
 
     layout: str
@@ -86,6 +87,7 @@ class Converted:
     norm_eps: float | None = None
     heads: int | None = None
     activation: str | None = None
+    normalization: str | None = None
 
     @property
     def num_registers(self) -> int:

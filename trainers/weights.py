@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trainers import catalog, checkpoint
-from trainers.config import ExecutionConfig, InitFrom, ModelConfig
+from trainers.config import AS_BEFORE, ExecutionConfig, InitFrom, ModelConfig
 from trainers.position import interpolate_position
 from trainers.vit import ViT
 from trainers.weight_files import read_timm, read_weights
@@ -46,6 +46,7 @@ _LISTED = 12  # names that a message lists
 
 # Settings of a model that no tensor shows and that another trial must share. Registers, sinks and masks may be added.
 _COMPUTES = ("mlp", "norm_eps", "pre_norm", "pos_antialias", "pos_offset")
+_BEFORE = {name.removeprefix("model."): v for name, v in AS_BEFORE.items() if name.startswith("model.")}
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,10 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_other_architecture(found: Converted, model: ModelConfig, source: str) -> None:
+def refuse_other_architecture(found: Converted, model: ModelConfig, source: str, *, measured: bool = False) -> None:
     """That weights belong to a model which computes otherwise than `model` in what tensors do not show.
+
+    Where they are `measured`, images must be normalised as they were in training; what is trained may get used to it.
 
     Raises:
         ValueError: in one line, with both.
@@ -131,6 +134,12 @@ def refuse_other_architecture(found: Converted, model: ModelConfig, source: str)
         differences.append(f"{found.heads} heads there, {heads} here")
     if found.activation not in (None, model.mlp):
         differences.append(f"activation is {found.activation} there, model.mlp is {model.mlp}")
+    if measured and (model.sink == "softmax1" or model.register_mask not in (None, "full")):
+        differences.append("a sink or mask without parameters is set, which only a trial's id says of weights")
+    if measured and found.normalization not in (None, model.normalization):
+        differences.append(
+            f"images are normalised with {found.normalization} there, model.normalization is {model.normalization}"
+        )
     if differences:
         raise ValueError(f"{source} computes otherwise than the model: {'; '.join(differences)}")
 
@@ -165,14 +174,19 @@ def checkpoints_of(trial: str, execution: ExecutionConfig, setting: str) -> dict
     return kept
 
 
-def refuse_other_settings(then: Mapping[str, Any], model: ModelConfig, source: str) -> None:
-    """That a trial's model, whose settings are `then`, computes otherwise than `model`.
+def refuse_other_settings(
+    then: Mapping[str, Any], model: ModelConfig, source: str, names: Sequence[str] = _COMPUTES
+) -> None:
+    """That a trial's model, whose settings are `then`, computes otherwise than `model` in one of the settings `names`.
 
     Raises:
         ValueError: in one line, with all settings that differ.
     """
     now = model.model_dump(mode="json")
-    if differ := [f"{name} {then[name]!r}, not {now[name]!r}" for name in _COMPUTES if then[name] != now[name]]:
+    then = {**_BEFORE, **then}  # a trial of an earlier version lacks what is new
+    if then["num_registers"] == 0:
+        now["register_mask"] = then["register_mask"]  # of no effect
+    if differ := [f"{name} {then[name]!r}, not {now[name]!r}" for name in names if then[name] != now[name]]:
         raise ValueError(f"{source} computes otherwise than the model: model.{'; model.'.join(differ)}")
 
 

@@ -189,17 +189,3 @@ def test_trials_of_older_versions_have_no_statistics(tmp_path: Path) -> None:
     frames = collect(tmp_path / "s")
     assert frames.token_statistics.num_rows == 0
     assert [problem[:50] for problem in frames.problems] == ["trial id-1-0: token_statistics.parquet is unreadab"]
-
-
-def test_what_weights_turned_out_to_be_fills_open_settings(tmp_path: Path) -> None:
-    found = {"model.size": "small", "model.num_registers": 4, "model.pool": "token"}
-    trials = [Trial({"model.weights": name}, 0, result={"found": found}) for name in ("a", "b")]
-    trials[0].config = {"model.size": None}
-    trials[1].result["found"] = ["model.size", "small"]
-    frames = collect(publish(tmp_path / "s", trials))
-    rows = rows_by_id(frames.runs)
-    # The file says nano of the second, and 0 registers of both: what is not null stays.
-    assert [rows[name]["model.size"] for name in ("id-a-0", "id-b-0")] == ["small", "nano"]
-    assert [rows[name]["model.num_registers"] for name in ("id-a-0", "id-b-0")] == [0, 0]
-    assert [rows[name]["model.pool"] for name in ("id-a-0", "id-b-0")] == ["token", None]
-    assert frames.problems == ("trial id-b-0: found in result.json is unreadable: it is not a mapping of settings",)

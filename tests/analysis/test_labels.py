@@ -19,6 +19,8 @@ from analysis.labels import metric_label, unit
         ("single_token/cls/top1", "top-1 of the class token alone"),
         ("single_token/register_3/top1", "top-1 of register 3 alone"),
         ("single_token/outlier/top1_std", "deviation of top-1 over draws of one outlier patch per image alone"),
+        ("val/knn/k10/top1", "top-1 (k-NN, k = 10, validation)"),
+        ("test/knn/top1", "top-1 (k-NN, k = 20, test)"),
         ("interventions/registers_zeroed/test/linear/top1", "top-1 (linear probe, test), registers zeroed"),
         (
             "interventions/outliers_clamped/change/tokens/last/outlier_fraction",
@@ -29,7 +31,10 @@ from analysis.labels import metric_label, unit
             "change of top-1 (k-NN, k = 20, test), test-time registers: moved",
         ),
         ("recurrence/shift/content", "outliers that recur at the same content (shift)"),
-        ("recurrence/scale_1_5/antialias/place", "outliers that recur at the same place (scale 1.5, antialiased)"),
+        (
+            "recurrence/scale_1_5/antialias/recurs",
+            "outliers that recur at the same relative position (scale 1.5, antialiased)",
+        ),
         ("tokens/location/row_cv", "variation of outlier rates over rows"),
         ("tokens/onset_step", "onset step of outliers"),
         ("mine/own", "mine/own"),
@@ -56,6 +61,7 @@ def test_words(metric: str, words: str) -> None:
         ("interventions/registers_zeroed/change/tokens/last/max_over_median", 2.0, "+2", ""),
         ("interventions/registers_zeroed/test/linear/top1", 0.012, "1.20", "%"),
         ("recurrence/flip/place", 0.5, "50.00", "%"),
+        ("recurrence/scale_1_5/plain/recurs", 0.5, "50.00", "%"),
         ("channels/last/registers", 3.0, "3", ""),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from analysis.collect import collect
-from analysis.figures import maps, sheet, style
+from analysis.figures import bands, distributions, maps, metrics, neighbors, sheet, style
 from analysis.figures.maps import AttentionMaps, NormMap
 from analysis.figures.style import Drawn
 from analysis.pictures import Pictures, draw
@@ -43,6 +43,13 @@ def pictures_of(folder: Path) -> Pictures:
 
 def named(pictures: Pictures) -> dict[str, Drawn]:
     return {drawn.name: drawn for drawn in pictures.drawn}
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves out what takes nearly all of the time, where a test asks for words alone."""
+    for module in (bands, distributions, metrics, neighbors, sheet):
+        monkeypatch.setattr(module, "render", lambda figure: (b"", b""))
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,7 @@ def test_pictures_of_the_norms_name_the_paper_and_their_axes(whole: Pictures) ->
     assert "Fig. 7" in named(whole)["norms_by_cell"].caption
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_norms_along_layers_are_those_of_the_last_step(tmp_path: Path) -> None:
     trial = Trial({REGISTERS: 0}, 0, {}, peak=100.0, outliers=8)
     folder = publish(tmp_path / "s", [trial])
@@ -130,6 +138,7 @@ def test_norms_along_layers_are_those_of_the_last_step(tmp_path: Path) -> None:
     assert "frozen" not in drawn["norm_histogram"].alternative  # without a baseline
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_pictures_along_training_need_two_evaluations(tmp_path: Path) -> None:
     folder = publish(tmp_path / "s", registers_sweep(counts=(0,), seeds=(0,)))
     path = folder / "trials" / "id-0-0" / "token_norms.parquet"
@@ -154,6 +163,7 @@ def test_one_cell_one_seed_no_class_token(tmp_path: Path) -> None:
     assert not {"norms_by_kind", "norms_by_cell", "position_map", "neighbor_similarity", "attention"} & drawn.keys()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_missing_files_and_other_statuses_are_no_problem(tmp_path: Path) -> None:
     trials = registers_sweep(counts=(0, 4), seeds=(0, 1), details=True)
     trials[0].status = "diverged"
@@ -172,6 +182,7 @@ def rewrite(path: Path, **changed: Any) -> None:
     np.savez(path, **{name: array for name, array in (arrays | changed).items() if array is not None})
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_broken_arrays_are_said_and_others_drawn(tmp_path: Path) -> None:
     folder = publish(tmp_path / "s", registers_sweep(counts=(0, 1), seeds=(0, 1), details=True), baseline=BASELINE)
     trials = folder / "trials"
@@ -244,6 +255,7 @@ def test_of_many_registers_the_first_and_some_later_ones_are_drawn() -> None:
     assert "At most 8 registers are drawn." in drawn.caption and ">none<" not in text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_many_cells_are_cut_and_said(tmp_path: Path) -> None:
     trials = [
         Trial({"optim.lr": 0.1 * n}, 0, {OUTLIERS: 0.01}, details=True, outliers=8, peak=99.0) for n in range(1, 11)
@@ -254,6 +266,7 @@ def test_many_cells_are_cut_and_said(tmp_path: Path) -> None:
     assert len(drawn["norms_by_cell"].alternative.split(";")) == 10
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_sizes_stand_from_small_to_giant(tmp_path: Path) -> None:
     sizes = ("giant", "tiny", "large", "mine", "nano")
     trials = [Trial({"model.size": size, REGISTERS: r}, 0, {TOP1: 0.5}) for size in sizes for r in (0, 4)]

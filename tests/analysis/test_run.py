@@ -20,7 +20,7 @@ from analysis.answer import answer, supported
 from analysis.cells import cells, varying
 from analysis.collect import collect
 from analysis.run import Analysis, analyse
-from analysis.tables import ablation
+from analysis.tables import ablation, last_scores
 from analysis.thresholds import METRIC as FROZEN
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
 
@@ -322,13 +322,20 @@ def test_exploratory_metrics_come_in_their_order_and_are_limited(
     names = ("train/loss", "val/knn/top1", "zebra", "attention/last/own", "tokens/own", "test/knn/top1")
     trials = [Trial({REGISTERS: count}, 0, dict.fromkeys((*names, TOP1), 0.5)) for count in (0, 4)]
     folder = publish(tmp_path / "s", trials, baseline=BASELINE, primary=[TOP1])
-    titles = exploratory(page_of(analyse(folder)))
+    titles = exploratory(rendered(folder))
     kinds = ["test/knn/top1", FROZEN, "tokens/own", "attention/last/own", "zebra", "val/knn/top1", "train/loss"]
     assert titles == [kind for kind in kinds for _ in (0, 4)]
     monkeypatch.setattr(report, "_MOST_ROWS", 3)
-    analysis = analyse(folder)
-    assert exploratory(page_of(analysis)) == ["test/knn/top1", "test/knn/top1", FROZEN]
-    assert "3 rows that were not declared primary (11 more in tables/ablation.parquet)" in analysis.report.read_text()
+    page = rendered(folder)
+    assert exploratory(page) == ["test/knn/top1", "test/knn/top1", FROZEN]
+    assert "3 rows that were not declared primary (11 more in tables/ablation.parquet)" in "".join(page.text)
+
+
+def rendered(folder: Path) -> Page:
+    """The page without pictures."""
+    frames = collect(folder)
+    scores = last_scores(frames)
+    return Page(report.render(frames, ablation(frames, scores=scores), scores, "", [REGISTERS], (), ()))
 
 
 def exploratory(page: Page) -> list[str]:
@@ -336,20 +343,19 @@ def exploratory(page: Page) -> list[str]:
     return [head["title"] for head in page.of("th") if head.get("scope") == "row" and "title" in head]
 
 
-def test_released_weights_stand_beside_the_paper_by_what_they_turned_out_to_be(tmp_path: Path) -> None:
+def test_released_weights_stand_beside_the_paper_by_their_own_settings(tmp_path: Path) -> None:
     weights = {"dinov2_g": 0, "dinov2_l_reg4": 4}
     trials = [
         Trial(
             {"model.weights": name},
             0,
             {"locality/position/normal/top1": 0.4, TOP1: 0.5},
-            result={"found": {REGISTERS: registers, "model.size": "giant"}},
-            config={"method": None, REGISTERS: None, "model.size": None},
+            config={"method": "pretrained", REGISTERS: registers, "model.size": "giant"},
         )
         for name, registers in weights.items()
     ]
     analysis = analyse(publish(tmp_path / "s", trials, baseline={"model.weights": "dinov2_g"}, primary=[TOP1]))
     words = " ".join(" ".join(page_of(analysis).text).split())
-    assert "41.7 locality/position/normal/top1 dinov2_g, giant, scenes, 0 registers 40" in words
-    assert "65.8 locality/position/normal/top1 dinov2_l_reg4, giant, scenes, 4 registers 40" in words
+    assert "41.7 locality/position/normal/top1 dinov2_g, pretrained, giant, scenes, 0 registers 40" in words
+    assert "65.8 locality/position/normal/top1 dinov2_l_reg4, pretrained, giant, scenes, 4 registers 40" in words
     assert "observational : released weights differ in more than the axis" in words

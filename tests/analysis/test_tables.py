@@ -177,12 +177,13 @@ def test_pooled_intervals_take_part_where_they_can(tmp_path: Path) -> None:
 
 def test_rows_of_released_weights_are_observational(tmp_path: Path) -> None:
     weights = "model.weights"
-    trials = [Trial({weights: name}, 0, {TOP1: 0.5}) for name in (None, "vit_small_patch14_dinov2.lvd142m")]
+    ours = (None, "0123456789abcdef", "0123456789abcdef@300:raw")  # trials, which differ in what their sweep says
+    trials = [Trial({weights: name}, 0, {TOP1: 0.5}) for name in (*ours, "vit_small_patch14_dinov2.lvd142m")]
     table = table_of(tmp_path / "s", trials, baseline={weights: None}, primary=[TOP1])
     flags = {(row[weights], row["metric"]): row["flags"] for row in table.to_pylist()}
-    assert all("observational" not in found for (name, _), found in flags.items() if name is None)
-    assert all("observational" in found for (name, _), found in flags.items() if name is not None)
-    assert len(flags) == 4
+    assert all("observational" not in found for (name, _), found in flags.items() if name in ours)
+    assert all("observational" in found for (name, _), found in flags.items() if name not in ours)
+    assert len(flags) == 8
     # As a setting of all trials rather than an axis.
     trials = registers_sweep(counts=(0, 4), seeds=(0, 1))
     for trial in trials:

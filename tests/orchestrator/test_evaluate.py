@@ -6,11 +6,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from orchestrator import cli
-from tests.orchestrator.sweeps import Small, imported_by
+from tests.orchestrator.sweeps import ORCHESTRATE, Small, imported_by, run
+from tests.trainers.layouts import open_clip_state
 from trainers import vit
 from trainers.config import ModelConfig, resolve
 from trainers.streams import Streams
@@ -60,6 +62,11 @@ class Own(nn.Module):
         return x, x, x
 
 
+def failing(model: ModelConfig, _streams: Streams) -> nn.Module:
+    """A user's own that divides by zero, once it knows how large images are."""
+    raise ZeroDivisionError(f"no images of {int(model.image_size)} px")
+
+
 def evaluate(monkeypatch: pytest.MonkeyPatch, model: str, storage: Path, *arguments: str, **changes: object) -> int:
     settings = {**SMALL, **{name.replace("__", "."): value for name, value in changes.items()}}
     given = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
@@ -89,9 +96,9 @@ def test_a_file_is_measured_once_through_the_ledger(
     assert "channels/last/kurtosis" in capsys.readouterr().out
     sweep = only(tmp_path / "runs")
     assert sweep.name.startswith("evaluate_weights@")
-    (run,) = pq.read_table(sweep / "tables" / "runs.parquet").to_pylist()
-    assert (run["status"], run["steps"], run["model.num_registers"]) == ("finished", 0, 2)
-    assert (run["model.weights"], run["model.image_size"]) == ("weights.safetensors", 16)
+    (trial,) = pq.read_table(sweep / "tables" / "runs.parquet").to_pylist()
+    assert (trial["status"], trial["steps"], trial["model.num_registers"]) == ("finished", 0, 2)
+    assert (trial["model.weights"], trial["model.image_size"]) == ("weights.safetensors", 16)
     flags = pq.read_table(sweep / "tables" / "ablation.parquet")["flags"].to_pylist()
     assert all("observational" in row for row in flags)
     assert evaluate(monkeypatch, str(file), tmp_path / "runs") == 0
@@ -107,6 +114,7 @@ def test_other_content_under_the_same_name_is_another_trial(monkeypatch: pytest.
 def test_a_trial_is_measured_on_its_data_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small = Small(tmp_path, steps=4, registers=(2,))
     file = small.write(seeds=[0], baseline=None)
+    file.write_text(file.read_text().replace("data:\n", "data:\n    validation_fraction: 0.3\n", 1))
     monkeypatch.setattr(
         "sys.argv",
         [*small.command("--in-process")[:1], "sweep", str(file), "--in-process", "--storage", str(small.storage)],
@@ -122,13 +130,20 @@ def test_a_trial_is_measured_on_its_data_by_its_name(monkeypatch: pytest.MonkeyP
     table = sweep / "tables" / "metrics.parquet"
     (measured,) = pq.read_table(table, filters=[("name", "=", "test/knn/top1")]).to_pylist()
     assert measured["value"] == trained["value"]
+    (row,) = pq.read_table(sweep / "tables" / "runs.parquet").to_pylist()
+    assert (row["data.validation_fraction"], row["model.weights"]) == (0.3, trained["trial_id"])
+    flags = pq.read_table(sweep / "tables" / "ablation.parquet")["flags"].to_pylist()
+    assert not any("observational" in found for found in flags)
+    for step, code in ((4, 0), (3, 2)):  # the last step is kept, no other
+        name = f"{trained['trial_id']}@{step}:raw"
+        assert evaluate(monkeypatch, name, small.storage, "--name", f"step{step}") == code
 
 
 def test_a_backbone_of_ones_own_says_its_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     own = f"{__name__}:Own"
     assert evaluate(monkeypatch, own, tmp_path / "runs", model__patch_size=8) == 0
-    (run,) = pq.read_table(only(tmp_path / "runs") / "tables" / "runs.parquet").to_pylist()
-    assert (run["model.factory"], run["model.num_registers"]) == (own, 2)
+    (trial,) = pq.read_table(only(tmp_path / "runs") / "tables" / "runs.parquet").to_pylist()
+    assert (trial["model.factory"], trial["model.num_registers"]) == (own, 2)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +159,19 @@ def test_a_backbone_of_ones_own_says_its_registers(monkeypatch: pytest.MonkeyPat
         ("weights.safetensors", {"model__num_register": 1}, "did you mean model.num_registers?"),
         ("weights.safetensors", {"optim__steps": 3}, "method pretrained trains nothing"),
         ("no.such.module:build", {}, "'no.such.module:build' cannot be loaded"),
+        (f"{__name__}:failing", {}, "fails to build a backbone: ZeroDivisionError: no images of 16 px"),
+        ("clip.pth", {}, "clip.pth: tensors of CLIP do not show model.mlp; give --set model.mlp=gelu"),
+        ("timm_clip.pth", {"model__mlp": "gelu"}, "do not show model.norm_eps; give --set model.norm_eps=1e-5"),
+        ("weights.safetensors", {"model__num_registers": 6}, "the weights have model.num_registers 2, not 6"),
+        (
+            "weights.safetensors",
+            {"model__weights_fingerprint": '"0000000000000000"'},
+            "the weights have model.weights_fi",
+        ),
+        ("weights.safetensors", {"model__sink": "softmax1"}, "the weights have model.sink 'none', not 'softmax1'"),
+        ("empty_folder", {}, "empty_folder: is a folder; allowed: a .safetensors file"),
+        ("notes.txt", {}, "notes.txt: the type .txt is not known; allowed: .safetensors, .pt, .pth, .bin, or a folder"),
+        ("weights.safetensors", {"tokens__outlier_layer": 5}, "layers 0 to 4, or -1 to -5 from the last"),
     ],
 )
 def test_what_cannot_be_measured_is_exit_2_and_one_line(
@@ -156,6 +184,11 @@ def test_what_cannot_be_measured_is_exit_2_and_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     weights(tmp_path)
+    torch.save(open_clip_state(), tmp_path / "clip.pth")
+    tower = resolve({"model": {"size": "nano", "patch_size": 8, "image_size": 32, "pre_norm": True}}).model
+    torch.save(vit.ViT(tower, Streams(0)).state_dict(), tmp_path / "timm_clip.pth")
+    (tmp_path / "notes.txt").write_text("no weights")
+    (tmp_path / "empty_folder").mkdir()
     assert evaluate(monkeypatch, model, tmp_path / "runs", **changes) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and len(said.splitlines()) == 1 and "evaluate.yaml" not in said
@@ -164,3 +197,38 @@ def test_what_cannot_be_measured_is_exit_2_and_one_line(
 
 def test_help_imports_no_torch() -> None:
     assert imported_by(["evaluate", "--help"], ["torch", "ray", "mlflow"]) == "[]"
+
+
+@pytest.mark.slow
+def test_through_ray_all_measurements_of_a_file_and_a_comparison_of_two(tmp_path: Path) -> None:
+    """As a user would, each command a process of its own: one file evaluated, then compared with another in a sweep."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for registers in (0, 2):
+        weights(folder, registers).rename(folder / f"reg{registers}.safetensors")
+    small = {**SMALL, "model.image_size": 32, "data.decode_size": 32, "tokens.single_token.num_c": 3}
+    del small["tokens.measurements"]
+    given = [part for name, value in small.items() for part in ("--set", f"{name}={value}")]
+    storage = ["--storage", str(tmp_path / "runs")]
+    done = run([*ORCHESTRATE, "evaluate", str(folder / "reg2.safetensors"), *given, *storage])
+    assert done.returncode == 0, done.stderr
+    for name in ("single_token/register_1/top1", "interventions/registers_mean/change/test/linear/top1"):
+        assert name in done.stdout
+    (folder_of_trial,) = only(tmp_path / "runs").glob("trials/*")
+    assert {"attention.npz", "location.npz"} <= {path.name for path in folder_of_trial.iterdir()}
+    settings = {name: yaml.safe_load(str(value)) for name, value in small.items()}
+    sweep = {
+        "name": "compared",
+        "trial": {"method": "pretrained", "model.size": "nano", "model.patch_size": 8, "model.layer_scale": None}
+        | settings
+        | {"execution.weights_root": str(folder), "tokens.measurements": ["location"]},
+        "axes": {"model.weights": ["reg0.safetensors", "reg2.safetensors"]},
+        "when": [{"if": {"model.weights": "reg2.safetensors"}, "set": {"model.num_registers": 2}}],
+        "baseline": {"model.weights": "reg0.safetensors"},
+    }
+    del sweep["trial"]["tokens.single_token.num_c"]
+    (tmp_path / "compared.yaml").write_text(yaml.safe_dump(sweep))
+    done = run([*ORCHESTRATE, "sweep", str(tmp_path / "compared.yaml"), *storage])
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(tmp_path / "runs" / "compared" / "tables" / "ablation.parquet").to_pylist()
+    assert all("observational" in row["flags"] for row in rows) and {row["n"] for row in rows} >= {1}

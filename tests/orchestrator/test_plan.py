@@ -2,12 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 
 from orchestrator.plan import Plan, build_plan, detectable, diff, interval_half_width
+from orchestrator.spec import read_sweep
 from orchestrator.sweep import Resources, Sweep, When
 from trainers.config import resolve, trial_id
 
@@ -210,3 +212,13 @@ def test_one_seed_has_no_interval() -> None:
     assert interval_half_width(1) is None
     assert detectable(1) == "1 seed: no interval, so no difference can be told from noise"
     assert "2.48" in detectable(3)  # 4.3027 / sqrt(3)
+
+
+def test_measured_weights_of_whose_model_the_name_says_nothing_are_said(tmp_path: Path) -> None:
+    named, own = "vit_small_patch14_dinov2.lvd142m", "own.pth"
+    file = tmp_path / "weights.yaml"
+    file.write_text(f"name: weights\ntrial: {{method: pretrained}}\naxes: {{model.weights: [{named}, {own}]}}\n")
+    (note,) = (note for note in build_plan(read_sweep(file)).notes if "model.weights" in note)
+    assert note.startswith(
+        "model.weights own.pth is no name of released weights: it must be of model.size small, patch"
+    )

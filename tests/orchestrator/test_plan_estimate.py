@@ -63,7 +63,7 @@ def test_a_trial_trains_at_three_forward_passes_and_evaluates_at_one() -> None:
         "tokens.single_token.test_images": 30,
         "tokens.recurrence.scales": [1.5],
     }
-    measured = 3 + 20 + 30 + 10 * 5  # two shifts, a flip, one other resolution with and without antialiasing
+    measured = 5 * 3 + 20 + 30 + 10 * 5  # two shifts, a flip, one other resolution with and without antialiasing
     assert trial_flops(resolve({**settings, **on})) == pytest.approx(forward * (3 * 100 * 8 + 5 * 110 + measured))
 
 

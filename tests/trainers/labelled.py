@@ -43,6 +43,6 @@ def labelled(
     split = replace(given.data.train, targets={"classes": classes})
     data = replace(given.data, class_names=("heads", "tails"), train=split, validation=split, test=split)
     evaluation = EvaluationConfig(probes=("knn",), knn={"k": (3, 20)}, train_images=len(shown))
-    probes = Probes(evaluation, data, given.image_size, Streams(0), torch.device("cpu"))
+    probes = Probes(evaluation, data, given.model, Streams(0), torch.device("cpu"))
     backbone = change(ViT(given.model, Streams(1)).eval().requires_grad_(False))
     return replace(given, backbone=backbone, data=data, probes=probes, fitted=probes.fit(backbone))

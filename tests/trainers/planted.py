@@ -86,7 +86,7 @@ def subject(
     data = DataSet("planted", ("one",), ("classes",), split, split, split, "0" * 16)
     device, streams = torch.device("cpu"), Streams(0)
     assert isinstance(config.model.image_size, int)
-    probes = Probes(config.evaluation, data, config.model.image_size, streams, device)
+    probes = Probes(config.evaluation, data, config.model, streams, device)
     return Subject(backbone, config.model, config.tokens, data, device, streams, step, probes)
 
 

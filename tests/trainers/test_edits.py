@@ -317,7 +317,41 @@ def test_outliers_are_found_by_their_norm_and_the_control_takes_as_many_others()
 
 def test_the_control_takes_all_normal_patches_where_they_are_fewer() -> None:
     outliers = torch.tensor([[True, True, True, False, False], [False] * 5])
-    assert edits._as_many_normal(outliers, draw()).tolist() == [[False, False, False, True, True], [False] * 5]
+    draws = edits._draws(torch.zeros(2, 3, 8, 8), 5, draw())
+    assert edits._as_many_normal(outliers, draws).tolist() == [[False, False, False, True, True], [False] * 5]
+
+
+def test_the_control_of_an_image_is_the_same_in_every_batch_and_another_in_other_images() -> None:
+    marked = torch.zeros(1, PATCHES, dtype=torch.bool)
+    marked[0, 3] = True
+    ours = EditedViT(backbone(), treating(marked, 1, edits.clamped(500.0)))
+    control = EditedViT(ours, edits.treat_patches(1, 499.0, edits.clamped(0.5), normal=draw))
+
+    def chosen(batch: Tensor) -> Tensor:
+        return treated(control.residuals(batch), ours.residuals(batch), 1)
+
+    together = chosen(images(9))
+    assert together.sum(1).tolist() == [1] * 9 and not together[:, 3].any()
+    assert torch.equal(torch.cat([chosen(part) for part in images(9).split([2, 4, 3])]), together)
+    assert torch.equal(chosen(images(9).flip(0)), together.flip(0))
+    assert len(together.unique(dim=0)) > 4
+
+
+def test_patches_are_drawn_evenly_and_by_the_image_alone() -> None:
+    shown = torch.randint(0, 256, (4_000, 3, 4, 4), generator=draw(1)) / 255
+    draws = edits._draws(shown, PATCHES, draw())
+    none_left = torch.zeros(len(shown), PATCHES, dtype=torch.bool)
+    none_left[:, :2] = True
+    chosen = edits._as_many_normal(none_left, draws)
+    counts = chosen[:, 2:].sum(0)
+    expected = 2 * len(shown) / 14  # 571, with a standard deviation of 22
+    assert (chosen.sum(1) == 2).all() and (counts - expected).abs().max() < 4 * 22
+    pairs = (chosen[:, 2:, None] & chosen[:, None, 2:]).sum(0)[torch.triu_indices(14, 14, 1).unbind()]
+    assert (pairs - len(shown) / 91).abs().max() < 5 * 6.6  # each of 91 pairs as often, 44 ± 6.6
+    assert torch.equal(edits._draws(shown.flip(0)[:7], PATCHES, draw()), draws.flip(0)[:7])
+    nearly = shown[:1].clone()
+    nearly[0, 0, 0, 0] += 1 / 255
+    assert not torch.equal(edits._draws(nearly, PATCHES, draw()).argsort(), draws[:1].argsort())
 
 
 def test_probes_read_the_mean_of_the_patches_that_are_left() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from tests.trainers.planted import Planted, metrics
 from tests.trainers.runs import run
 from trainers import edits, interventions
 from trainers.edits import EditedViT, State
-from trainers.measurement import Subject
+from trainers.measurement import Metric, Statistic, Subject, findings
+from trainers.probes.fitted import FittedProbes
 from trainers.token_settings import InterventionsConfig
 
 PLANTED = (3, 10)  # patches
@@ -69,7 +71,62 @@ def test_every_metric_is_there_with_its_change(planted: dict[str, float]) -> Non
     names += ["tokens/last/outlier_fraction", "tokens/last/max_over_median"]
     whats = [f"{who}_{how}" for who in ("outliers", "normal") for how in ("clamped", "neighbors", "deleted")]
     expected = {f"interventions/{what}/{part}{name}" for what in whats for part in ("", "change/") for name in names}
+    expected |= {f"interventions/{what}/treated" for what in whats}
     assert set(planted) == expected | {"interventions/layer", "interventions/outlier_fraction"}
+
+
+def test_what_is_measured_at_every_evaluation_is_measured_of_every_variant() -> None:
+    given = asked(
+        planting(), registers=2, tokens__measurements=["channels", "interventions", "attention", "recurrence"]
+    )
+    found = list(interventions.measure(given, InterventionsConfig(on_registers=(), on_outliers=("deleted",))))
+    numbers = {finding.name: finding.value for finding in found if isinstance(finding, Statistic)}
+    deleting = edits.treat_patches(2, given.threshold_of(given.patch_norms(2)), edits.deleted)
+    deleted = given.with_backbone(EditedViT(given.backbone, deleting))
+    every = ("channels", "attention")
+    before, after = (
+        {k: v for name in every for k, v in metrics(list(findings(name, one))).items()} for one in (given, deleted)
+    )
+    expected = {f"interventions/outliers_deleted/{name}": value for name, value in after.items()}
+    expected |= {f"interventions/outliers_deleted/change/{name}": after[name] - before[name] for name in after}
+    assert len(before) > 10 and {name: numbers[name] for name in expected} == expected
+    others = {name.removeprefix("interventions/normal_deleted/") for name in numbers if name not in expected}
+    assert others == {f"{part}{name}" for part in ("", "change/") for name in after}
+    assert numbers["interventions/outliers_deleted/change/channels/last/max_over_median"] < 0
+    assert not any("channels" in name for name in metrics(found))
+
+
+def test_what_a_trial_does_not_measure_is_not_measured_of_variants() -> None:
+    given = asked(planting(), tokens__measurements=["interventions"])
+    found = list(interventions.measure(given, InterventionsConfig(on_outliers=("clamped",))))
+    assert found and all(isinstance(finding, Metric) for finding in found)
+
+
+def test_scores_of_the_untouched_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[Any] = []
+    score = FittedProbes.score
+
+    def counted(self: FittedProbes, backbone: Any, split: str) -> Any:
+        scored.append(backbone)
+        return score(self, backbone, split)
+
+    monkeypatch.setattr(FittedProbes, "score", counted)
+    given = asked(planting(), tokens__measurements=[])
+    computed = measured(given, on_outliers=("clamped",))
+    assert scored.count(given.backbone) == 2 and given.fitted is not None
+    known = {name: value for split in ("validation", "test") for name, value in score_of(given, split).items()}
+    scored.clear()
+    assert measured(replace(given, scores=known), on_outliers=("clamped",)) == computed
+    assert given.backbone not in scored and len(scored) == 2 * 2
+    lower = {name: value - 0.25 for name, value in known.items()}
+    changed = measured(replace(given, scores=lower), on_outliers=("clamped",))
+    change = "interventions/outliers_clamped/change/test/knn/top1"
+    assert changed[change] == pytest.approx(computed[change] + 0.25)
+
+
+def score_of(given: Subject, split: str) -> dict[str, float]:
+    assert given.fitted is not None
+    return given.fitted.score(given.backbone, split).metrics
 
 
 def test_the_probes_of_the_untouched_backbone_are_scored_on_the_edited_one() -> None:
@@ -183,3 +240,33 @@ def test_a_whole_trial_reports_them(tiny: dict[str, Any], tmp_path: Path, data_c
     assert "test_time_registers/moved/change/test/linear/top1" in last
     with np.load(tmp_path / "test_time_registers.npz") as arrays:
         assert arrays["neurons"].shape == (10, 2)
+
+
+def test_how_many_patches_are_treated_is_said_and_what_treats_none_is_absent(planted: dict[str, float]) -> None:
+    share = planted["interventions/outlier_fraction"]
+    for how in ("clamped", "neighbors", "deleted"):
+        assert (
+            planted[f"interventions/outliers_{how}/treated"] == planted[f"interventions/normal_{how}/treated"] == share
+        )
+    everything = asked(planting(), tokens__outlier_rule="fixed", tokens__outlier_norm=1e-6)
+    found = metrics(list(interventions.measure(everything, InterventionsConfig())))
+    done = {name.split("/")[1] for name in found} - {"layer", "outlier_fraction"}
+    assert done == {"outliers_clamped"}  # no neighbours to average, no patch to be left, no normal one to compare with
+    assert found["interventions/outliers_clamped/treated"] == 1.0
+
+
+def test_outliers_of_a_variant_are_those_above_the_untouched_threshold(planted: dict[str, float]) -> None:
+    """Clamping normal patches to the median narrows the bulk, and a threshold of its own would find more outliers."""
+    given = asked(planting())
+    fraction = interventions.every_metric(given, given.fitted or given.probes.fit(given.backbone), math.inf)
+    assert fraction["tokens/last/outlier_fraction"] == 0.0
+    limit = interventions.rule3_limit(given)
+    layer = int(planted["interventions/layer"])
+    threshold = given.threshold_of(given.patch_norms(layer))
+    clamping = edits.treat_patches(
+        layer, threshold, edits.clamped(float(np.median(given.patch_norms(layer)))), normal=lambda: given.generator("x")
+    )
+    norms = given.with_backbone(EditedViT(given.backbone, clamping)).patch_norms()
+    assert given.edited(EditedViT(given.backbone, clamping)).threshold == given.threshold
+    reported = planted["interventions/normal_clamped/tokens/last/outlier_fraction"]
+    assert reported == pytest.approx(float((norms > limit).mean()), abs=0.02)

@@ -18,7 +18,10 @@ from trainers.catalog import TRAINING_METHODS
 from trainers.config import resolve
 from trainers.loader import Shares
 
-FILES = ("token_norms.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz")
+FILES = (
+    *("token_norms.parquet", "token_statistics.parquet", "probes.parquet", "per_image.parquet", "norm_map.npz"),
+    *("location.npz", "neighbors.npz", "attention.npz", "attention/last_block_mean_of_heads_0.png"),
+)
 
 
 def read_parts(one: Any, step: int) -> list[Any]:

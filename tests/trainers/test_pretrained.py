@@ -4,14 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.conftest import TINY
+from tests.trainers.layouts import open_clip_state
 from tests.trainers.runs import run
-from trainers import checkpoint, export, pretrained, vit
+from trainers import catalog, checkpoint, export, pretrained, vit
 from trainers.config import ExecutionConfig, ModelConfig, resolve
 from trainers.streams import Streams
 from trainers.tokens import table as token_table
@@ -201,3 +203,61 @@ def test_a_trial_measures_weights_at_another_resolution_and_trains_nothing(tmp_p
     rows = {(r.layer, r.token): r for r in token_table.read(tmp_path / "trial" / "token_norms.parquet")}
     assert rows[4, "patch"].statistics.count == 16 * 36  # 48 px in patches of 8
     assert described["model.weights_fingerprint"] == fingerprint(module.state_dict())
+
+
+def test_a_trial_whose_sink_and_mask_have_no_parameters_is_not_measured_as_a_plain_one(tmp_path: Path) -> None:
+    execution = of_trial(tmp_path, raw=trained(sink="softmax1", register_mask="detached"))
+    for changes, message in (
+        ({"model.sink": "none"}, "model.sink 'softmax1', not 'none'"),
+        ({"model.register_mask": "full"}, "model.register_mask 'detached', not 'full'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            opened(TRIAL, execution, **changes)
+
+
+def test_images_are_normalised_as_the_weights_expect(tmp_path: Path, data_cache: Path) -> None:
+    """timm says by which mean and deviation a model was trained; the trial sees its images so, or is refused."""
+    module = trained()
+    tensors, configuration = export.to_timm(module.state_dict(), module.settings)
+    configuration["pretrained_cfg"] |= dict(zip(("mean", "std"), catalog.NORMALIZATIONS["inception"], strict=True))
+    export.write(tmp_path / "folder", tensors, configuration)
+    name = f"local-dir:{tmp_path / 'folder'}"
+    described = pretrained.describe(name, ExecutionConfig())
+    assert described["model.normalization"] == "inception"
+    with pytest.raises(ValueError, match=r"normalised with inception there, model.normalization is imagenet"):
+        opened(name, ExecutionConfig(), **{"model.normalization": "imagenet"})
+    small = {key: value for key, value in TINY.items() if not key.startswith("optim") and key != "preset"}
+    settings = {**small, **described, "method": "pretrained", "model.weights": name, "data.decode_size": 32}
+    run(settings, tmp_path / "trial", data_cache)
+    with np.load(tmp_path / "trial" / "norm_map.npz") as found:
+        pixels = torch.from_numpy(found["images"]).permute(0, 3, 1, 2) / 255
+        *_, last = module.residuals((pixels - 0.5) / 0.5)
+        norms = torch.linalg.vector_norm(last.patches_BND, dim=-1)
+        assert torch.allclose(torch.from_numpy(found["norms"]).flatten(1), norms, rtol=1e-4)
+
+
+def test_another_normalization_than_those_known_is_refused(tmp_path: Path) -> None:
+    module = trained()
+    tensors, configuration = export.to_timm(module.state_dict(), module.settings)
+    configuration["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3]}
+    export.write(tmp_path / "folder", tensors, configuration)
+    with pytest.raises(ValueError, match=r"normalised with mean \(0.1, 0.2, 0.3\).*; known: imagenet, clip, inception"):
+        pretrained.describe(f"local-dir:{tmp_path / 'folder'}", ExecutionConfig())
+
+
+def test_tensors_go_before_what_a_files_name_says(tmp_path: Path) -> None:
+    name = saved(trained(num_registers=2), tmp_path)
+    (tmp_path / name).rename(tmp_path / "vit_base_patch16_224_reg4_mine.safetensors")
+    described = pretrained.describe(
+        "vit_base_patch16_224_reg4_mine.safetensors", ExecutionConfig(weights_root=str(tmp_path))
+    )
+    assert (described["model.size"], described["model.patch_size"], described["model.num_registers"]) == ("nano", 8, 2)
+
+
+def test_of_open_clips_layout_the_activation_is_not_guessed(tmp_path: Path) -> None:
+    state = {f"visual.{name}": tensor for name, tensor in open_clip_state().items()}
+    save_file(state, tmp_path / "clip.safetensors")
+    described = pretrained.describe("clip.safetensors", ExecutionConfig(weights_root=str(tmp_path)))
+    assert "model.mlp" not in described
+    assert (described["model.pre_norm"], described["model.norm_eps"]) == (True, 1e-5)
+    assert described["model.normalization"] == "clip"

@@ -195,6 +195,18 @@ def test_probes_are_fitted_on_the_remedied_backbone() -> None:
     assert {name: numbers[f"test_time_registers/moved/change/{name}"] for name in score} == changes
 
 
+def test_scores_of_the_untouched_that_are_known_are_used() -> None:
+    given = asked()
+    assert given.fitted is not None
+    known = {n: v for s in ("validation", "test") for n, v in given.fitted.score(given.backbone, s).metrics.items()}
+    computed = metrics(measured(given, neurons=1))
+    assert metrics(measured(replace(given, scores=known), neurons=1)) == computed
+    lower = {name: value - 0.25 for name, value in known.items()}
+    change = "test_time_registers/moved/change/val/knn/top1"
+    changed = metrics(measured(replace(given, scores=lower), neurons=1))
+    assert changed[change] == pytest.approx(computed[change] + 0.25)
+
+
 def test_the_share_of_the_scores_is_that_of_the_neurons_found() -> None:
     given = asked()
     found = remedy.find_neurons(given, TestTimeRegistersConfig(neurons=3))

@@ -22,6 +22,7 @@ from trainers import vit
 from trainers.attention import SINKS
 from trainers.config import resolve
 from trainers.measurement import Arrays, Finding, Picture, Statistic, Subject
+from trainers.probes.fitted import FittedProbes
 from trainers.streams import Streams
 from trainers.tokens import attention
 from trainers.tokens.attention import divergence, group_keys
@@ -254,8 +255,8 @@ def given(images: int = 5, prefix: tuple[str, ...] = PREFIX, blocks: int = 2, si
 
 
 def ended(looked_at: Subject) -> Subject:
-    """The same subject at the end of a trial, where probes are fitted."""
-    return dataclasses.replace(looked_at, fitted=looked_at.probes)
+    """The same subject at the end of a trial, when maps are kept."""
+    return dataclasses.replace(looked_at, at_end=True)
 
 
 def rows(found: list[Finding]) -> dict[tuple[str, int | None, int | None, str | None], float]:
@@ -355,6 +356,14 @@ def test_attention_over_other_tokens_is_said() -> None:
         list(attention.measure(subject(model, numbered(5, 32)), None))
 
 
+def test_fitted_probes_alone_are_not_the_end_of_a_trial() -> None:
+    looked_at = subject(given(), numbered(5, 32))
+    fitted = dataclasses.replace(looked_at, fitted=FittedProbes(looked_at.probes, []))
+    assert not any(isinstance(finding, Arrays | Picture) for finding in attention.measure(fitted, None))
+    variant = ended(looked_at).with_backbone(given())
+    assert not any(isinstance(finding, Arrays | Picture) for finding in attention.measure(variant, None))
+
+
 def test_patches_that_fill_no_grid_are_said_where_maps_are_drawn() -> None:
     looked_at = subject(given(), numbered(5, 32), model__patch_size=4)
     assert metrics(list(attention.measure(looked_at, None)))
@@ -413,6 +422,28 @@ def test_maps_are_the_last_blocks_attention_to_patches() -> None:
         f"last_block_{name}": (480, 6 + 3 * 14 + (1 if "average" in name else 4) * (96 + 14 + 6))
         for name in (*MEAN_MAPS, "cls_0", "cls_1")
     }
+
+
+def held(thing: Any) -> int:
+    """How many numbers the tensors hold that an object keeps, storage and all."""
+    if isinstance(thing, Tensor):
+        return thing.untyped_storage().nbytes() // thing.element_size()
+    return sum(map(held, thing)) if isinstance(thing, list | tuple) else 0
+
+
+def test_what_is_kept_on_the_device_does_not_grow_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_CHUNK_VALUES", 3 * 19 * 19 * 5)
+    kept = [
+        sum(map(held, vars(attention._Survey(ended(subject(backbone(), pixels(count))))).values()))
+        for count in (10, 40)
+    ]
+    assert kept[0] == kept[1] > 8 * (3 + 2) * 16  # maps of 8 images: 3 tokens and 2 heads
+
+
+def test_fewer_images_than_are_drawn_are_all_drawn() -> None:
+    arrays, _ = kept(list(attention.measure(ended(subject(backbone(), pixels(3))), None)))
+    assert arrays["maps"].shape == (3, 3, 4, 4) and arrays["cls_heads"].shape == (3, 2, 4, 4)
+    np.testing.assert_allclose(arrays["average"], arrays["maps"].mean(0), rtol=1e-6)
 
 
 def test_padding_has_no_map_and_counts_in_no_average(monkeypatch: pytest.MonkeyPatch) -> None:

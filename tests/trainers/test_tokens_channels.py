@@ -120,6 +120,20 @@ def test_padding_is_left_out() -> None:
     assert of(x, padded=np.zeros((6, 5), bool)) == of(x)
 
 
+def test_tokens_that_are_nan_are_left_out_as_padding_is() -> None:
+    x = some(seed=2)
+    gone = np.zeros((6, 5), bool)
+    gone[1, 2:], gone[4, :3] = True, True
+    deleted = x.clone()
+    deleted[:, 2:][torch.from_numpy(gone)] = torch.nan
+    found = of(deleted)
+    assert all(math.isfinite(value) for value in found.values())
+    assert found == of(x, padded=gone)
+    both = np.zeros((6, 5), bool)
+    both[0, 0] = True
+    assert of(deleted, padded=both) == of(x, padded=gone | both)
+
+
 def test_bf16_is_exact_and_near_float32() -> None:
     x = some(seed=4) * 40
     x[:, 1, 2] = 5e4
@@ -164,7 +178,7 @@ def test_every_layer_of_a_backbone_and_metrics_of_the_last(spiked: ViT, monkeypa
     last = {name: rows[f"channels/{name}", 4, None] for name in ("kurtosis", "max_over_median", "massive")}
     assert metrics(found) == {f"channels/last/{name}": value for name, value in last.items()}
     assert table(list(channels.measure(subject(spiked, pixels()[:7]), None))) == rows
-    monkeypatch.setattr(channels, "_CHUNK", 2)
+    monkeypatch.setattr(channels, "DETAIL_CHUNK", 2)
     again = table(list(channels.measure(looked_at, None)))
     assert again == pytest.approx(rows, rel=1e-5)  # but for the rounding of the forward pass
 
@@ -178,15 +192,16 @@ def test_padding_and_a_backbone_without_class_token(monkeypatch: pytest.MonkeyPa
         x[:, :, 3] = torch.eye(8)[2] * 1e4
         return x.flatten(2, 3)
 
-    monkeypatch.setattr(channels, "_CHUNK", 2)
+    monkeypatch.setattr(channels, "DETAIL_CHUNK", 2)
     content = np.array([[0, 0, 32, 32], [0, 0, 32, 24], [0, 0, 32, 24]], np.float32)  # px of 32 × 32
     rows = table(list(channels.measure(subject(Planted(plant), pixels(3), content=content), None)))
     for layer in (0, 1):
         assert rows["channels/massive", layer, None] == rows["channels/massive", layer, "patch"] == 4 / 3
         assert rows["channels/top1", layer, None] == (1e4 + 1 + 1) / 3
         assert rows["channels/kurtosis", layer, None] == pytest.approx(8, rel=1e-5)
-        assert rows["channels/max_over_median", layer, None] == math.inf  # 6 of 8 channels are 0
+        assert ("channels/max_over_median", layer, None) not in rows  # 6 of 8 channels are 0: it is infinite
     assert {kind for _, _, kind in rows} == {None, "patch"}
     found = list(channels.measure(subject(Planted(plant), pixels(3), content=content[[1, 1, 1]]), None))
     assert metrics(found)["channels/last/kurtosis"] == 4.0  # 2 of 8 channels
     assert metrics(found)["channels/last/massive"] == 0.0
+    assert "channels/last/max_over_median" not in metrics(found)

@@ -163,7 +163,7 @@ def _evaluated(*fractions: float | None) -> list[norms.NormRow]:
 @pytest.mark.parametrize(
     ("fractions", "step"),
     [
-        ((0.01,), 10.0),
+        ((0.01,), None),  # it may have come at any step before
         ((0.0,), None),
         ((None,), None),
         ((0.0, 0.01), 20.0),

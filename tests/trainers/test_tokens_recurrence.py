@@ -1,5 +1,6 @@
 """Content or place: outliers planted on either are told apart under shift, flip and other resolutions."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,17 @@ def test_a_column_that_a_flip_leaves_in_place_tells_nothing() -> None:
     assert found == {"pairs": 1.0, "content": 1.0, "place": 0.0, "base_rate": 2 / 3}
 
 
+def test_recurrence_when_resized_by_hand() -> None:
+    before = marks("#..#", "##..")
+    # Of 4 columns the first two are in the first of 2 afterwards, and both rows in the only one.
+    after = marks("#.")
+    found = recurrence.recurrence_when_resized(before, after)
+    assert found == {"pairs": 4.0, "recurs": 3 / 4, "base_rate": 1 / 2}
+    found = recurrence.recurrence_when_resized(before, marks("# "))
+    assert found == {"pairs": 3.0, "recurs": 1.0, "base_rate": 1.0}
+    assert recurrence.recurrence_when_resized(marks("..", ".."), after) == {"pairs": 0.0}
+
+
 def test_content_is_followed_under_a_shift() -> None:
     # The picture is a patch larger than what the model sees, so that windows show its patches as they are.
     pixels = spots(300, cells=5, each=5)
@@ -110,11 +122,10 @@ def test_content_is_followed_under_a_shift() -> None:
 
 def test_content_is_followed_under_flips_and_at_other_resolutions() -> None:
     found = metrics(measured(of_grid(bright), spots(300, cells=4, each=3), scales=(1.5, 2.0)))
-    for name, side in (("flip", 4), ("scale_1_5", 6), ("scale_2", 8)):
-        assert found[f"recurrence/{name}/content"] == 1.0
-        # Chance: 2 more of 15 are bright, and of a larger grid not all cells are wholly so.
-        assert found[f"recurrence/{name}/place"] <= 0.2, side
-        assert found[f"recurrence/{name}/base_rate"] <= 3 / 16
+    for name, side in (("scale_1_5", 6), ("scale_2", 8)):
+        assert found[f"recurrence/{name}/recurs"] == 1.0, side
+        assert found[f"recurrence/{name}/base_rate"] <= 3 / 16  # of a larger grid not all cells are wholly bright
+    assert found["recurrence/flip/content"] == 1.0
     assert found["recurrence/flip/base_rate"] == 3 / 16
     assert found["recurrence/flip/place"] == pytest.approx(2 / 15, abs=0.03)
 
@@ -122,14 +133,20 @@ def test_content_is_followed_under_flips_and_at_other_resolutions() -> None:
 def test_places_are_followed() -> None:
     found = measured(of_grid(placed((0, 1), (2, 3))), spots(20, cells=4, each=3), scales=(0.5, 1.5))
     numbers, by_name = metrics(found), statistics(found)
-    # Shift: (0, 1) leaves the window; flip: both count; at 6 × 6 both; at 2 × 2 the place (2, 3) does not exist, and
-    # that of (0, 1) is where its content is not, (0, 0).
-    rates = (("shift", 20, 2 / 16), ("flip", 40, 2 / 16), ("scale_1_5", 40, 2 / 36), ("scale_0_5", 20, 1 / 4))
-    for name, pairs, base_rate in rates:
+    # Shift: (0, 1) leaves the window; flip: both count.
+    for name, pairs in (("shift", 20), ("flip", 40)):
         assert numbers[f"recurrence/{name}/place"] == 1.0
         assert numbers[f"recurrence/{name}/content"] == 0.0
-        assert numbers[f"recurrence/{name}/base_rate"] == base_rate
+        assert numbers[f"recurrence/{name}/base_rate"] == 2 / 16
         assert by_name[f"recurrence/{name}/pairs", None] == pairs
+    # This backbone keeps the row and column, not the relative place, so that at 6 × 6 (0, 2) and (3, 5) are no
+    # outliers, nor at 2 × 2 are (0, 0) and (1, 1).
+    for name, base_rate in (("scale_1_5", 2 / 36), ("scale_0_5", 1 / 4)):
+        assert numbers[f"recurrence/{name}/recurs"] == 0.0
+        assert numbers[f"recurrence/{name}/base_rate"] == base_rate
+        assert by_name[f"recurrence/{name}/pairs", None] == 40
+    told = {name.rpartition("/")[2] for name in numbers if "scale" in name}
+    assert told == {"recurs", "base_rate"}  # content and place cannot be told apart there
 
 
 def test_without_outliers_there_is_no_metric() -> None:
@@ -143,6 +160,12 @@ def test_a_shift_larger_than_the_grid_is_said(caplog: pytest.LogCaptureFixture) 
     assert not any("shift" in name for name in metrics(found))
     assert metrics(found)["recurrence/flip/place"] == 1.0
     assert "a shift by 4 patches leaves nothing of 4" in caplog.text
+
+
+def test_a_scale_that_changes_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    found = measured(of_grid(placed((0, 1))), spots(5, cells=4, each=3), scales=(1.1,))
+    assert not any("scale" in finding.name for finding in found)
+    assert "a scale of 1.1 gives the same 4 patches" in caplog.text
 
 
 def test_padding_is_no_counterpart() -> None:
@@ -202,11 +225,10 @@ def test_both_ways_of_resampling_the_position_embedding_are_looked_at(spiked: Vi
     pixels = spots(4, cells=8, each=3)
     found = metrics(measured(spiked, pixels, 2, (0.5,), model__image_size=64, tokens__outlier_layer=0))
     # Halved at the middle between two cells, the cubic (a = -0.75) gives 0.59375 to each: 200 · 0.59375² = 70.5, above
-    # 50. Antialiased (a = -0.5, twice as wide) it is 0.4336: 37.6, below. Content (2, 2) is at (1, 1) of 4 × 4.
-    assert found["recurrence/scale_0_5/plain/content"] == 1.0
-    assert found["recurrence/scale_0_5/plain/place"] == 0.0
+    # 50. Antialiased (a = -0.5, twice as wide) it is 0.4336: 37.6, below. Of 8 × 8, (2, 2) is at (1, 1) of 4 × 4.
+    assert found["recurrence/scale_0_5/plain/recurs"] == 1.0
     assert found["recurrence/scale_0_5/plain/base_rate"] == 1 / 16
-    assert found["recurrence/scale_0_5/antialias/content"] == 0.0
+    assert found["recurrence/scale_0_5/antialias/recurs"] == 0.0
     assert found["recurrence/scale_0_5/antialias/base_rate"] == 0.0
     assert (found["recurrence/flip/place"], found["recurrence/flip/content"]) == (1.0, 0.0)
     assert spiked.settings is settings and settings.pos_antialias
@@ -214,6 +236,40 @@ def test_both_ways_of_resampling_the_position_embedding_are_looked_at(spiked: Vi
     for name, value in spiked.state_dict().items():
         assert value.data_ptr() == before[name][0]
         assert torch.equal(value, before[name][1])
+
+
+@pytest.mark.parametrize("cell", [(2, 2), (5, 3), (3, 6)])
+@pytest.mark.parametrize("with_content", [False, True])
+def test_what_is_tied_to_the_position_embedding_is_at_its_place_and_moves_with_the_grid(
+    spiked: ViT, cell: tuple[int, int], with_content: bool
+) -> None:
+    vit, at = copy.deepcopy(spiked), 1 + cell[0] * 8 + cell[1]
+    with torch.no_grad():
+        assert vit.pos_embed is not None
+        vit.pos_embed.zero_()[0, at, 0] = 200.0
+        if with_content:
+            vit.patch_embed.proj.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    found = metrics(measured(vit, spots(20, 8, 9), 2, (1.5, 2.0), model__image_size=64, tokens__outlier_layer=0))
+    for view in ("shift", "flip"):
+        assert (found[f"recurrence/{view}/place"], found[f"recurrence/{view}/content"]) == (1.0, 0.0)
+    for scale in ("1_5", "2"):
+        for way in ("antialias", "plain"):
+            assert found[f"recurrence/scale_{scale}/{way}/recurs"] == 1.0
+            assert found[f"recurrence/scale_{scale}/{way}/base_rate"] < 6 / 144
+
+
+def test_what_a_vit_reads_from_content_is_followed(spiked: ViT) -> None:
+    vit = copy.deepcopy(spiked)
+    with torch.no_grad():
+        assert vit.pos_embed is not None
+        vit.pos_embed.zero_()
+        vit.patch_embed.proj.weight[0] = 50 / PATCH**2  # bright patches have about 660, dark ones about 0
+        vit.patch_embed.proj.bias[0] = 300.0
+    settings = {"model__image_size": 64, "tokens__outlier_layer": 0, "tokens__outlier_norm": 330.0}
+    found = metrics(measured(vit, spots(50, 9, 12), 1, **settings))
+    for view in ("shift", "flip"):
+        assert found[f"recurrence/{view}/content"] == 1.0
+        assert found[f"recurrence/{view}/place"] < 0.3
 
 
 def test_variants_share_what_is_learned(spiked: ViT) -> None:
@@ -242,9 +298,10 @@ def test_a_trial_leaves_them_all(tmp_path: Path, data_cache: Path, tiny: dict[st
     middle, last = (reports[step] for step in (4, 12))
     every = {"tokens/location/outliers_per_image", "tokens/location/row_cv", "neighbors/gap", "neighbors/auroc"}
     ways = ["shift", "flip", *(f"scale_{scale}/{way}" for scale in ("0_75", "1_5") for way in ("antialias", "plain"))]
-    at_end = {f"recurrence/{way}/{name}" for way in ways for name in ("content", "place", "base_rate")}
+    at_end = {f"recurrence/{way}/{name}" for way in ways[:2] for name in ("content", "place", "base_rate")}
+    at_end |= {f"recurrence/{way}/{name}" for way in ways[2:] for name in ("recurs", "base_rate")}
     assert every <= set(middle) and not any(name.startswith("recurrence") for name in middle)
-    assert every | at_end <= set(last)
+    assert every <= set(last) and {name for name in last if name.startswith("recurrence")} == at_end
     assert "tokens/padding_fraction" not in last
     with np.load(tmp_path / "location.npz") as arrays:
         assert arrays["counts"].shape == (4, 4)

@@ -123,7 +123,7 @@ def test_agrees_with_torch_and_reads_the_parameters(monkeypatch: pytest.MonkeyPa
     for name in ("", "_max"):  # registers enter the first block as they are
         parameters = statistics(found)[f"similarity/register_parameters{name}", None]
         assert parameters == pytest.approx(statistics(found)[f"similarity/registers{name}", 0], abs=1e-6)
-    monkeypatch.setattr(similarity, "_CHUNK", 2)
+    monkeypatch.setattr(similarity, "DETAIL_CHUNK", 2)
     again = statistics(list(similarity.measure(looked_at, None)))
     assert again == pytest.approx(statistics(found), rel=1e-4, abs=1e-6)
     assert not any("parameters" in name for name, _ in statistics(list(measured(backbone(1)))))

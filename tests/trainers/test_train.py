@@ -8,13 +8,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.conftest import tiny_trial
 from tests.trainers.runs import run, training
-from trainers import distributed, loader
+from trainers import checkpoint, distributed, loader, pretrained, vit
 from trainers.catalog import TRAINING_METHODS
+from trainers.config import ExecutionConfig, resolve
 from trainers.methods import Batch, Method, Progress
 from trainers.streams import Streams
+from trainers.tokens import statistics as token_statistics
 from trainers.tokens import table as token_table
 
 FULL = {"model.num_registers": 2, "model.drop_path": 0.2, "optim.ema_decay": "auto", "deit3.mixup": 0.4}
@@ -66,6 +69,65 @@ def test_a_checkpoint_of_another_trial_is_refused(tiny: dict[str, Any], tmp_path
     run(tiny, tmp_path / "1", data_cache)
     with pytest.raises(ValueError, match="belongs to trial"):
         run({**tiny, "seed": 1}, tmp_path / "2", data_cache, resume_from=[tmp_path / "1" / "checkpoints"])
+
+
+def test_a_checkpoint_from_before_statistics_were_kept_goes_on(
+    tiny: dict[str, Any], tmp_path: Path, data_cache: Path
+) -> None:
+    calls = iter(range(100))
+    run(tiny, tmp_path / "1", data_cache, should_stop=lambda: "interrupted" if next(calls) == 9 else None)
+    state = checkpoint.load_newest([tmp_path / "1" / "checkpoints"])
+    assert state is not None and state["step"] == 9 and state.pop("statistics").numel()
+    checkpoint.save(tmp_path / "old", 9, state)
+    result, _ = run(tiny, tmp_path / "2", data_cache, resume_from=[tmp_path / "old"])
+    assert result.status == "finished"
+    assert {row.step for row in token_statistics.read(tmp_path / "2" / "token_statistics.parquet")} == {12}
+
+
+def spiked(tmp_path: Path) -> dict[str, Any]:
+    """Settings that measure a file of weights whose position embedding makes one patch of each image an outlier."""
+    settings = {"model.size": "nano", "model.patch_size": 8, "model.image_size": 16}
+    backbone = vit.ViT(resolve(settings).model, Streams(0))
+    with torch.no_grad():
+        assert backbone.pos_embed is not None
+        backbone.pos_embed[0, 2] = 100.0
+    save_file(dict(backbone.state_dict()), tmp_path / "own.safetensors")
+    execution = {"execution.weights_root": str(tmp_path)}
+    described = pretrained.describe("own.safetensors", ExecutionConfig(weights_root=str(tmp_path)))
+    return {
+        "method": "pretrained",
+        "model.weights": "own.safetensors",
+        "model.image_size": 16,
+        **described,
+        **execution,
+    }
+
+
+def measuring(tiny: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    kept = ("data.", "tokens.", "evaluation.train", "execution.")
+    return {name: value for name, value in tiny.items() if name.startswith(kept)} | spiked(tmp_path)
+
+
+def test_weights_that_were_never_trained_have_no_onset_step(
+    tiny: dict[str, Any], tmp_path: Path, data_cache: Path
+) -> None:
+    _, reports = run(measuring(tiny, tmp_path), tmp_path / "1", data_cache)
+    assert reports[0]["tokens/last/outlier_fraction"] == 0.25 and "tokens/onset_layer" in reports[0]
+    assert "tokens/onset_step" not in reports[0]
+
+
+@pytest.mark.parametrize("setting", ["model.weights", "model.init_from"])
+def test_weights_that_have_changed_since_the_trial_began_are_named_by_their_setting(
+    setting: str, tiny: dict[str, Any], tmp_path: Path, data_cache: Path
+) -> None:
+    settings = measuring(tiny, tmp_path)
+    if setting == "model.init_from":
+        settings = {**tiny, "model.layer_scale": None, "model.init_from.file": str(tmp_path / "own.safetensors")}
+    one = training(settings, tmp_path / "1", data_cache)
+    now, one.started_from = one.started_from, "another"
+    one._save()
+    with pytest.raises(ValueError, match=rf"^{setting} gives other weights \({now}\) than when .* \(another\)"):
+        training(settings, tmp_path / "2", data_cache).resume([tmp_path / "1" / "checkpoints"], lambda *_: None)
 
 
 class NanAtTen(Method):

@@ -96,11 +96,17 @@ def extract(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` in eval mode; each of its parts gets its own mode back."""
+    """`module` in eval mode and convolutions in full float32; each of its parts gets its own mode back.
+
+    On GPUs PyTorch lets convolutions, and so the patch embedding, round to TF32 unless told otherwise.
+    """
     modes = [(part, part.training) for part in module.modules()]
+    rounds = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     module.eval()
     try:
         yield
     finally:
+        torch.backends.cudnn.allow_tf32 = rounds
         for part, training in modes:
             part.training = training

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainers import catalog, probes
 from trainers.augment import evaluation_view
-from trainers.config import EvaluationConfig
+from trainers.config import EvaluationConfig, ModelConfig
 from trainers.data import DataSet
 from trainers.dotted import Loaded, load
 from trainers.probes import Predictor
@@ -35,10 +35,13 @@ class Probes:
     """The probes of `evaluation.probes` on one data set, always on the same images."""
 
     def __init__(
-        self, settings: EvaluationConfig, data: DataSet, image_size: int, streams: Streams, device: torch.device
+        self, settings: EvaluationConfig, data: DataSet, model: ModelConfig, streams: Streams, device: torch.device
     ) -> None:
         self._settings, self._data, self._streams, self._device = settings, data, streams, device
-        self._view: Callable[[Tensor], Tensor] = functools.partial(evaluation_view, image_size=image_size)
+        assert isinstance(model.image_size, int), "the configuration is not resolved"
+        self._view: Callable[[Tensor], Tensor] = functools.partial(
+            evaluation_view, image_size=model.image_size, normalization=model.normalization
+        )
 
     def fit(self, backbone: nn.Module) -> FittedProbes:
         """Probes that have learned from features of training images; without probes no image is looked at."""

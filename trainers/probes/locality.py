@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainers.augment import IMAGENET_MEAN, IMAGENET_STD
+from trainers import catalog
 from trainers.measurement import Finding, Metric, Subject
 from trainers.probes import logistic_regression, patches
 from trainers.probes.features import training_subset
@@ -107,10 +107,10 @@ class _Scores(NamedTuple):
     content: NDArray[np.bool_]
 
 
-def pixels_of(views: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+def pixels_of(views: Tensor, patch_size: int, grid: tuple[int, int], normalization: str = "imagenet") -> Tensor:
     """Values of every patch in [0, 1], [B, N, P], of normalised views [B, 3, S, S]."""
     rows, columns = grid
-    mean, std = (views.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (views.new_tensor(values)[:, None, None] for values in catalog.NORMALIZATIONS[normalization])
     values = (views[:, :, : rows * patch_size, : columns * patch_size] * std + mean).clamp_(0.0, 1.0)
     split = values.reshape(len(views), 3, rows, patch_size, columns, patch_size)
     return split.permute(0, 2, 4, 3, 5, 1).reshape(len(views), rows * columns, -1)
@@ -129,7 +129,7 @@ def _learn(subject: Subject, settings: LocalityConfig) -> tuple[Classifier | Non
     tokens, places, held_out, first = [], [], [], 0
     for seen in patches.read(subject, "train", images):
         _check(subject, seen)
-        values_BNP = pixels_of(seen.views, subject.model.patch_size, subject.grid)
+        values_BNP = pixels_of(seen.views, subject.model.patch_size, subject.grid, subject.model.normalization)
         flat_nD = seen.tokens.patches_BND.flatten(0, 1)
         pixels = pixels or LeastSquares(flat_nD.shape[1], values_BNP.shape[2], subject.device)
         content = torch.from_numpy(np.flatnonzero(seen.content_BN)).to(subject.device)
@@ -168,7 +168,8 @@ def _score(subject: Subject, settings: LocalityConfig, position: Classifier | No
     distances, errors, outliers, content = [], [], [], []
     for seen in patches.read(subject, "test", images):
         flat_nD = seen.tokens.patches_BND.flatten(0, 1)
-        values_nP = pixels_of(seen.views, subject.model.patch_size, subject.grid).flatten(0, 1)
+        values_BNP = pixels_of(seen.views, subject.model.patch_size, subject.grid, subject.model.normalization)
+        values_nP = values_BNP.flatten(0, 1)
         errors.append(torch.linalg.vector_norm(pixels(flat_nD) - values_nP, dim=1).view(-1, rows * columns))
         found_BN = place_N if position is None else position.predict(flat_nD).view(-1, rows * columns)
         down, across = found_BN // columns - place_N // columns, found_BN % columns - place_N % columns

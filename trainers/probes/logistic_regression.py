@@ -112,7 +112,7 @@ def path(
         raise ValueError(f"logistic regression needs at least two classes; there is {len(classes)}")
     if not bool(features_nF.isfinite().all()):
         raise FloatingPointError("features are not finite")
-    problem = _Problem(features_nF.to(_EXACT), index, len(classes))
+    problem = _Problem(features_nF, index, len(classes))
     halves = 2.0 if len(classes) == 2 else 1.0  # softmax of ∓w/2 at C / 2 has half the objective of w at C
     begins = [problem.origin()]
     if start is not None and torch.equal(start.classes, classes):
@@ -190,16 +190,15 @@ class _Problem:
     """Features in the basis in which they are solved for, and objective, gradient and Hessian there."""
 
     def __init__(self, features_nF: Tensor, index_n: Tensor, num_classes: int) -> None:
-        self._mean_F = features_nF.mean(dim=0)
-        centred_nF = features_nF - self._mean_F
-        self._basis_Fr, x_rn = _principal(centred_nF)
-        x_rn = torch.cat([x_rn, torch.ones_like(x_rn[:1])])
+        self._mean_F = features_nF.mean(dim=0, dtype=_EXACT)
+        # A million samples of 1,536 features are 16 GB: no more copies are alive at a time than must be.
+        self._basis_Fr, x_rn = _principal(features_nF.to(_EXACT) - self._mean_F)
         size = max(_LEAST_CHUNK, (_CHUNK if x_rn.device.type == "cpu" else _GPU_CHUNK) // num_classes)
-        self.x = [part.contiguous() for part in torch.split(x_rn, size, dim=1)]
+        self.x = [torch.cat([part, torch.ones_like(part[:1])]) for part in torch.split(x_rn, size, dim=1)]
         self.quick_x = [part.to(_QUICK) for part in self.x]
         self._index = torch.split(index_n, size)
         self.counts_K = torch.bincount(index_n, minlength=num_classes).to(_EXACT)
-        self.penalised_r = torch.ones_like(x_rn[:, 0])
+        self.penalised_r = x_rn.new_ones(len(x_rn) + 1)
         self.penalised_r[-1] = 0.0
 
     def origin(self) -> Tensor:

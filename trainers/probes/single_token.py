@@ -28,13 +28,13 @@ LOWEST, HIGHEST = -6.0, 5.0  # exponents of C
 
 
 class Row(NamedTuple):
-    """One token for each image of a split, where it has one."""
+    """One token for each image of a split, where it has one; on the CPU, since there may be millions."""
 
     tokens_nD: Tensor
     has_n: NDArray[np.bool_]
 
 
-class Split(NamedTuple):
+class SplitTokens(NamedTuple):
     """Tokens of a split's images: of kinds of which there is one, and K draws of a normal and an outlier patch."""
 
     single: dict[str, Row]  # "cls", "register_0" …
@@ -76,7 +76,7 @@ def measure(subject: Subject, settings: SingleTokenConfig) -> Iterator[Finding]:
             yield Metric(f"single_token/{kind}/top1_std", statistics.stdev(found))
 
 
-def _read(subject: Subject, split: str, most: int, draws: int) -> Split:
+def _read(subject: Subject, split: str, most: int, draws: int) -> SplitTokens:
     part = getattr(subject.data, split)
     images = training_subset(len(part), most)
     random = subject.numpy(f"single_token/{split}")
@@ -84,7 +84,7 @@ def _read(subject: Subject, split: str, most: int, draws: int) -> Split:
     normal, outlier = _Drawn(draws), _Drawn(draws)
     for seen in patches.read(subject, split, images):
         for kind, tokens_BD in _kinds(seen.tokens.cls_BD, seen.tokens.registers_BRD).items():
-            single.setdefault(kind, []).append(tokens_BD)
+            single.setdefault(kind, []).append(tokens_BD.cpu())
         content_BN = torch.from_numpy(seen.content_BN).to(subject.device)
         keys_BKN = random.random((len(seen.indices), draws, content_BN.shape[1]), np.float32)
         keys = torch.from_numpy(keys_BKN).to(subject.device)
@@ -92,7 +92,7 @@ def _read(subject: Subject, split: str, most: int, draws: int) -> Split:
         outlier.add(seen.tokens.patches_BND, seen.outlier_BN, keys)
     everywhere = np.ones(len(images), bool)
     rows = {kind: Row(torch.cat(parts), everywhere) for kind, parts in single.items()}
-    return Split(rows, normal.rows(), outlier.rows(), np.asarray(part.targets["classes"][images], np.int64))
+    return SplitTokens(rows, normal.rows(), outlier.rows(), np.asarray(part.targets["classes"][images], np.int64))
 
 
 def _kinds(cls_BD: Tensor | None, registers_BRD: Tensor) -> Mapping[str, Tensor]:
@@ -112,13 +112,13 @@ class _Drawn:
         """Of each image the allowed patch of the largest key, which is uniform in [0, 1), once for every draw."""
         index_BK = keys_BKN.masked_fill(~allowed_BN[:, None], -1.0).argmax(dim=2)
         index_BKD = index_BK[..., None].expand(-1, -1, patches_BND.shape[2])
-        self._tokens.append(patches_BND.gather(1, index_BKD))
-        self._has.append(allowed_BN.any(dim=1))
+        self._tokens.append(patches_BND.gather(1, index_BKD).cpu())
+        self._has.append(allowed_BN.any(dim=1).cpu())
 
     def rows(self) -> list[Row]:
         """One row for each draw."""
-        tokens_nKD, has_n = torch.cat(self._tokens), torch.cat(self._has).cpu().numpy()
-        return [Row(tokens_nKD[:, draw], has_n) for draw in range(self._draws)]
+        has_n = torch.cat(self._has).numpy()
+        return [Row(torch.cat([part[:, draw] for part in self._tokens]), has_n) for draw in range(self._draws)]
 
 
 def _top1(
@@ -135,16 +135,16 @@ def _top1(
     held_out = order < len(labels) // HELD_OUT
     if not (logistic_regression.can_choose(labels, held_out) and test.has_n.any()):
         return None
-    device = train.tokens_nD.device
     model = logistic_regression.fit_best(
-        train.tokens_nD[_index(train.has_n, device)],
-        torch.from_numpy(labels).to(device),
+        _some(train, subject),
+        torch.from_numpy(labels).to(subject.device),
         cs,
-        torch.from_numpy(held_out).to(device),
+        torch.from_numpy(held_out).to(subject.device),
     )
-    predicted = model.predict(test.tokens_nD[_index(test.has_n, device)]).cpu().numpy()
+    predicted = model.predict(_some(test, subject)).cpu().numpy()
     return float((predicted == test_classes[test.has_n]).mean())
 
 
-def _index(mask: NDArray[np.bool_], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask)).to(device)
+def _some(row: Row, subject: Subject) -> Tensor:
+    """The tokens of the images that have one, on the device."""
+    return row.tokens_nD[torch.from_numpy(np.flatnonzero(row.has_n))].to(subject.device)

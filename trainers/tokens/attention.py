@@ -57,36 +57,48 @@ class Keys(NamedTuple):
 
     Attributes:
         groups_BTG: 1 where a token belongs to a group: outliers, normal patches, padding, then each kind of `prefix`.
-        queries_BN: weights of the patches as queries: equal, 0 for padding, and 1 in sum.
+        queries_BN: weights of the patches as queries: equal, 0 for padding and deleted patches, and 1 in sum.
+        read_B1: how many of the tokens there are for queries to read: all but deleted patches.
         prefix: kinds of the tokens before the patches, in their order.
     """
 
     groups_BTG: Tensor
     queries_BN: Tensor
+    read_B1: Tensor
     prefix: tuple[str, ...]
 
 
-def group_keys(outliers_BN: NDArray[np.bool_], padded_BN: NDArray[np.bool_] | None, prefix: Sequence[str]) -> Keys:
-    """Keys on the CPU, given which patches are outliers and which consist of padding (none does where it is None)."""
-    padded = np.zeros_like(outliers_BN) if padded_BN is None else padded_BN
+def group_keys(
+    outliers_BN: NDArray[np.bool_],
+    padded_BN: NDArray[np.bool_] | None,
+    prefix: Sequence[str],
+    deleted_BN: NDArray[np.bool_] | None = None,
+) -> Keys:
+    """Keys on the CPU, given which patches are outliers, and which are padding or deleted (none is where it is None).
+
+    Queries still read padding. Deleted patches (see `trainers.edits`) are in no group, as if they were not there.
+    """
+    padded, deleted = (np.zeros_like(outliers_BN) if gone is None else gone for gone in (padded_BN, deleted_BN))
+    stays = ~(padded | deleted)
     groups = torch.zeros(len(padded), len(prefix) + padded.shape[1], 3 + len(prefix))
-    for group, patches_BN in enumerate((outliers_BN & ~padded, ~outliers_BN & ~padded, padded)):
+    for group, patches_BN in enumerate((outliers_BN & stays, ~outliers_BN & stays, padded & ~deleted)):
         groups[:, len(prefix) :, group] = torch.from_numpy(patches_BN)
     groups[:, : len(prefix), 3:] = torch.eye(len(prefix))
-    queries = torch.from_numpy(~padded).float()
-    return Keys(groups, queries / queries.sum(dim=1, keepdim=True).clamp(min=1), tuple(prefix))
+    queries = torch.from_numpy(stays).float()
+    read_B1 = len(prefix) + torch.from_numpy(~deleted).float().sum(dim=1, keepdim=True)
+    return Keys(groups, queries / queries.sum(dim=1, keepdim=True).clamp(min=1), read_B1, tuple(prefix))
 
 
 def statistics(attention_BHTT: Tensor, keys: Keys, *, has_sink: bool) -> dict[Name, Tensor]:
     """Statistics of one block, each [B, H], by name and the kind of token that it is narrowed to.
 
-    Of the queries `cls` (absent without a class token) and `patch` (mean over all patches but padding):
+    Of the queries `cls` (absent without a class token) and `patch` (mean over patches but padding and deleted):
         …/outliers, …/normal, …/padding  mass on such patches
         …/registers                      mass on all registers, or on the one that it is narrowed to; absent without
         cls/self, patch/cls              mass on the class token
         …/sink                           mass on the sink beside the tokens, 1 minus the row's sum; absent without
         cls/entropy                      −Σ a ln a / ln(number of keys); the sink is one of the keys
-    Of all queries but padding:
+    Of all queries but padding and deleted patches:
         sink_score                       max over tokens j of mean_i a_ij (Gu et al. 2025, arXiv 2410.10781)
         sink_slot                        mean_i of the mass on the sink beside the tokens; absent without
 
@@ -104,7 +116,7 @@ def statistics(attention_BHTT: Tensor, keys: Keys, *, has_sink: bool) -> dict[Na
         nats_BH = torch.special.entr(cls_BHT).sum(dim=-1)
         if has_sink:
             nats_BH = nats_BH + torch.special.entr(found["cls/sink", None])
-        found["cls/entropy", None] = nats_BH / math.log(cls_BHT.shape[-1] + has_sink)
+        found["cls/entropy", None] = nats_BH / (keys.read_B1 + has_sink).log()
     patches_B11 = (keys.queries_BN > 0).sum(dim=1)[:, None, None]
     received_BHT = (attention_BHTT[:, :, :prefix].sum(dim=2) + patches_B11 * patch_BHT) / (prefix + patches_B11)
     found["sink_score", None] = received_BHT.amax(dim=-1)
@@ -150,19 +162,25 @@ def divergence(maps_BRN: Tensor) -> Tensor:
 
 
 class _Survey:
-    """Attention of all blocks on the detail images, image by image, on the device until all of them are seen."""
+    """Attention of all blocks on the detail images: sums over images, and maps of the few that are drawn.
+
+    Sums stay on the device until all images are seen. Patches whose norm is NaN in what enters a block, though they are
+    no padding, are deleted ones (see `trainers.edits`).
+    """
 
     def __init__(self, subject: Subject) -> None:
         self.pixels = subject.probe_images(subject.tokens.detail_images)
-        self.prefix = token_kinds(subject.num_registers, subject.norms[1])[:-1]
-        self.outliers_BN = subject.outliers[: len(self.pixels)]
-        self.padded_BN = subject.padding(subject.data.validation, np.arange(len(self.pixels)))
-        self.keeps_maps = subject.fitted is not None and bool(self.prefix)
+        count, (norms_LBT, class_token) = len(self.pixels), subject.norms
+        self.prefix = token_kinds(subject.num_registers, class_token)[:-1]
+        self.keeps_maps = subject.at_end and bool(self.prefix)
+        self._outliers_BN = subject.outliers[:count]
+        self._gone_LBN = np.isnan(norms_LBT[:-1, :count, len(self.prefix) :])  # of block 1 … L
+        self._padded_BN = subject.padding(subject.data.validation, np.arange(count))
         self._names: list[Name] = []
-        self._statistics: list[list[Tensor]] = []  # of each block, of each batch [S, B, H]
-        self._divergences: list[list[Tensor]] = []  # of each block, of each batch [B]
-        self._maps: list[Tensor] = []  # of the last block, of each batch [B, P, N]
-        self._by_head: list[Tensor] = []  # of its first token, of each batch [B, H, N]
+        self._statistics: list[Tensor] = []  # of each block, sums [S, H]
+        self._divergences: list[Tensor] = []  # of each block
+        self._average: tuple[Tensor, Tensor] | None = None  # of the last block [P, N], and of how many images [N]
+        self._drawn: list[tuple[Tensor, Tensor]] = []  # of the last block [B, P, N], and of its first token [B, H, N]
         self._look(subject)
 
     def _look(self, subject: Subject) -> None:
@@ -171,13 +189,24 @@ class _Survey:
             chunk, has_sink = _first_look(backbone, image)
         for images in subject.batches(self.pixels, chunk):
             part, seen = slice(seen, seen + len(images)), seen + len(images)
-            padded = None if self.padded_BN is None else self.padded_BN[part]
-            groups, queries, prefix = group_keys(self.outliers_BN[part], padded, self.prefix)
-            keys = Keys(moved(groups, subject.device), moved(queries, subject.device), prefix)
+            keys = self._keys(part, subject.device)
             for block, attention_BHTT in enumerate(vit.attentions(backbone, images)):
-                self._see(block, attention_BHTT, keys, has_sink)
+                self._see(block, attention_BHTT, keys[block], has_sink)
             if self.keeps_maps:
-                self._keep(attention_BHTT[:, :, :, len(prefix) :], keys)
+                self._keep(attention_BHTT[:, :, :, len(self.prefix) :], keys[block], MAP_IMAGES - part.start)
+
+    def _keys(self, part: slice, device: torch.device) -> list[Keys]:
+        """The tokens of some images as each block has them."""
+        padded_BN = None if self._padded_BN is None else self._padded_BN[part]
+        keys: list[Keys] = []
+        for block, gone_BN in enumerate(self._gone_LBN[:, part]):
+            if block and np.array_equal(gone_BN, self._gone_LBN[block - 1, part]):
+                keys.append(keys[-1])
+                continue
+            deleted_BN = gone_BN if padded_BN is None else gone_BN & ~padded_BN
+            groups, queries, read, prefix = group_keys(self._outliers_BN[part], padded_BN, self.prefix, deleted_BN)
+            keys.append(Keys(moved(groups, device), moved(queries, device), moved(read, device), prefix))
+        return keys
 
     def _see(self, block: int, attention_BHTT: Tensor, keys: Keys, has_sink: bool) -> None:
         length = keys.groups_BTG.shape[1]
@@ -187,33 +216,42 @@ class _Survey:
                 "residual stream: have the backbone's `attention` give class token, registers and patches, or leave "
                 "attention out of tokens.measurements"
             )
-        if block == len(self._statistics):
-            self._statistics.append([])
-            self._divergences.append([])
         found = statistics(attention_BHTT, keys, has_sink=has_sink)
         self._names = list(found)
-        self._statistics[block].append(torch.stack(list(found.values())))
+        summed = torch.stack([values_BH.sum(dim=0, dtype=torch.float64) for values_BH in found.values()])
         first = int("cls" in keys.prefix)
         registers_BRN = attention_BHTT[:, :, first : len(keys.prefix), len(keys.prefix) :].mean(dim=1)
-        self._divergences[block].append(divergence(registers_BRN * (keys.queries_BN > 0)[:, None]))
+        diverging = divergence(registers_BRN * (keys.queries_BN > 0)[:, None]).sum()
+        if block == len(self._statistics):
+            self._statistics.append(summed)
+            self._divergences.append(diverging)
+        else:
+            self._statistics[block] += summed
+            self._divergences[block] += diverging
 
-    def _keep(self, to_patches_BHTN: Tensor, keys: Keys) -> None:
+    def _keep(self, to_patches_BHTN: Tensor, keys: Keys, left: int) -> None:
+        """Adds to the average of the maps, and keeps those of the first `left` images."""
         is_patch_B1N = (keys.queries_BN > 0)[:, None]
-        self._maps.append(to_patches_BHTN[:, :, : len(keys.prefix)].mean(dim=1).where(is_patch_B1N, torch.nan))
-        if sum(map(len, self._by_head)) < MAP_IMAGES:
-            self._by_head.append(to_patches_BHTN[:, :, 0].where(is_patch_B1N, torch.nan))
+        maps_BPN = to_patches_BHTN[:, :, : len(keys.prefix)].mean(dim=1)
+        summed = (maps_BPN * is_patch_B1N).sum(dim=0, dtype=torch.float64), is_patch_B1N[:, 0].sum(dim=0)
+        sums = self._average
+        self._average = summed if sums is None else (sums[0] + summed[0], sums[1] + summed[1])
+        if left > 0:
+            drawn = (maps_BPN[:left], to_patches_BHTN[:left, :, 0])
+            self._drawn.append(tuple(x.where(is_patch_B1N[:left], torch.nan) for x in drawn))  # type: ignore[arg-type]
 
     def blocks(self) -> list[dict[Name, NDArray[np.float64]]]:
         """Statistics of each block by head, [H], mean over images; `padding` only where some image has any."""
-        means_SH = [torch.cat(parts, dim=1).double().mean(dim=1).cpu().numpy() for parts in self._statistics]
-        found = [dict(zip(self._names, of_block, strict=True)) for of_block in means_SH]
-        if self.padded_BN is None:
+        means_LSH = (torch.stack(self._statistics) / len(self.pixels)).cpu().numpy()
+        found = [dict(zip(self._names, of_block, strict=True)) for of_block in means_LSH]
+        if self._padded_BN is None:
             found = [{name: of for name, of in block.items() if not name[0].endswith("/padding")} for block in found]
-        return [block | self._ratios(block) for block in found]
+        return [block | self._ratios(block, ~gone_BN) for block, gone_BN in zip(found, self._gone_LBN, strict=True)]
 
-    def _ratios(self, found: Mapping[Name, NDArray[np.float64]]) -> dict[Name, NDArray[np.float64]]:
-        is_patch = np.ones_like(self.outliers_BN) if self.padded_BN is None else ~self.padded_BN
-        outliers, normal = int((self.outliers_BN & is_patch).sum()), int((~self.outliers_BN & is_patch).sum())
+    def _ratios(
+        self, found: Mapping[Name, NDArray[np.float64]], stays_BN: NDArray[np.bool_]
+    ) -> dict[Name, NDArray[np.float64]]:
+        outliers, normal = int((self._outliers_BN & stays_BN).sum()), int((~self._outliers_BN & stays_BN).sum())
         if not outliers or not normal:
             return {}
         ratios: dict[Name, NDArray[np.float64]] = {}
@@ -226,17 +264,16 @@ class _Survey:
 
     def divergences(self) -> dict[int, float]:
         """By block 1 … L, mean over images; absent where there is none."""
-        means = torch.stack([torch.cat(parts).mean() for parts in self._divergences]).tolist()
+        means = (torch.stack(self._divergences) / len(self.pixels)).tolist()
         return {block: value for block, value in enumerate(means, start=1) if not math.isnan(value)}
 
     def maps(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
         """Of the last block, NaN where a patch is padding: maps [B, P, N] of the first images, mean over heads;
         these averaged over all images [P, N]; and the maps of the first token head by head, [B, H, N]."""
-        maps_BPN, by_head_BHN = torch.cat(self._maps), torch.cat(self._by_head)
-        average_PN = maps_BPN.nanmean(dim=0)
-        return tuple(  # type: ignore[return-value]
-            kept.cpu().numpy() for kept in (maps_BPN[:MAP_IMAGES], average_PN, by_head_BHN[:MAP_IMAGES])
-        )
+        assert self._average is not None
+        average_PN = (self._average[0] / self._average[1]).float()
+        maps_BPN, by_head_BHN = (torch.cat(parts) for parts in zip(*self._drawn, strict=True))
+        return tuple(kept.cpu().numpy() for kept in (maps_BPN, average_PN, by_head_BHN))  # type: ignore[return-value]
 
 
 def _first_look(backbone: vit.Backbone, image: Tensor) -> tuple[int, bool]:

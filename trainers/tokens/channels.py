@@ -5,8 +5,9 @@ Shapes: B images, N patches, T = class token + R + N tokens, D width, K kinds of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+import math
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from trainers import vit
 from trainers.device import moved
-from trainers.measurement import Finding, Metric, Statistic, Subject
+from trainers.measurement import DETAIL_CHUNK, Finding, Metric, Statistic, Subject
 from trainers.tokens.norms import token_kinds
 
 # Sun et al. 2024, "Massive Activations in Large Language Models" (arXiv 2402.17762): above 100, and at least about
@@ -23,8 +24,6 @@ from trainers.tokens.norms import token_kinds
 MASSIVE = 100.0
 MASSIVE_RATIO = 1_000.0
 TOP = 3  # largest activations that are kept
-
-_CHUNK = 16  # images at a time: a layer of ViT-g on 16 images of 37 × 37 patches takes 135 MB in float32
 
 
 class Channels:
@@ -61,18 +60,21 @@ class Channels:
         return [*((name, None) for name in of_all), *kinds]
 
     def update(self, x_BTD: Tensor, padded_BN: NDArray[np.bool_] | None = None) -> None:
-        """Add the tokens of some images, without the patches that are padding; bf16 and fp16 are exact in float32."""
-        size_BTD = known_BTD = x_BTD.detach().float().abs()
-        median: Callable[..., Any] = torch.median
+        """Add the tokens of some images, but for patches that are padding and tokens that are NaN, which were deleted.
+
+        bf16 and fp16 are exact in float32.
+        """
+        known_BTD = x_BTD.detach().float().abs()
+        left_out_BT1 = known_BTD.amax(dim=2, keepdim=True).isnan()
         if padded_BN is not None and padded_BN.any():
-            left_out = self._mask(padded_BN, x_BTD.device)
-            size_BTD = size_BTD.masked_fill(left_out, 0.0)  # neither large nor counted
-            known_BTD, median = known_BTD.masked_fill(left_out, torch.nan), torch.nanmedian
-        median_B = median(known_BTD.flatten(1), dim=1).values
+            left_out_BT1 = left_out_BT1 | self._mask(padded_BN, x_BTD.device)
+        size_BTD = known_BTD.masked_fill(left_out_BT1, 0.0)  # neither large nor counted
+        known_BTD.masked_fill_(left_out_BT1, torch.nan)
+        median_B = known_BTD.flatten(1).nanmedian(dim=1).values
         bound_B11 = (MASSIVE_RATIO * median_B)[:, None, None]
         massive_BT = ((size_BTD > MASSIVE) & (size_BTD >= bound_B11)).sum(dim=2)
         largest_BT = size_BTD.amax(dim=2)
-        ratio_BT = largest_BT.double() / median(known_BTD, dim=2).values.double()
+        ratio_BT = largest_BT.double() / known_BTD.nanmedian(dim=2).values.double()
         has_ratio_BT = largest_BT != 0  # not of a token of zeros, nor of one that is left out
         self._ratios.append(torch.stack([torch.where(has_ratio_BT, ratio_BT, 0.0).sum(), has_ratio_BT.sum()]))
         self._squares.append(torch.linalg.vector_norm(size_BTD, dim=(0, 1), dtype=torch.float64).square())
@@ -96,13 +98,13 @@ class Channels:
 
 
 def measure(subject: Subject, settings: None) -> Iterator[Finding]:
-    """`channels/…` of every layer over the detail images; of the last layer as metrics. Absent where undefined."""
+    """`channels/…` of every layer over the detail images; of the last layer as metrics. Absent where not finite."""
     backbone = cast(vit.Backbone, subject.backbone)
     pixels = subject.probe_images(subject.tokens.detail_images)
     padded_BN = subject.padding(subject.data.validation, np.arange(len(pixels)))
     layers: list[Channels] = []
     seen = 0
-    for images in subject.batches(pixels, _CHUNK):
+    for images in subject.batches(pixels, DETAIL_CHUNK):
         padded = None if padded_BN is None else padded_BN[seen : seen + len(images)]
         seen += len(images)
         for layer, tokens in enumerate(backbone.residuals(images)):
@@ -110,7 +112,7 @@ def measure(subject: Subject, settings: None) -> Iterator[Finding]:
                 layers.append(Channels(token_kinds(subject.num_registers, tokens.cls_BD is not None)))
             layers[layer].update(vit.together(tokens), padded)
     for layer, values in enumerate(torch.stack([channels.values() for channels in layers]).tolist()):
-        found = {place: value for place, value in zip(layers[layer].names, values, strict=True) if not np.isnan(value)}
+        found = {place: value for place, value in zip(layers[layer].names, values, strict=True) if math.isfinite(value)}
         yield from (Statistic(f"channels/{name}", value, layer, None, kind) for (name, kind), value in found.items())
     for name in ("kurtosis", "max_over_median", "massive"):
         if (name, None) in found:

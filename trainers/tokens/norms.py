@@ -178,6 +178,8 @@ def last_layer_metrics(rows: Iterable[NormRow]) -> dict[str, float]:
 def onset_step(rows: Iterable[NormRow]) -> dict[str, float]:
     """`tokens/onset_step`: the first evaluated step at which outliers have set in at the last layer; or nothing.
 
+    Nothing too where they are there at the first evaluation, since then they may have come at any step before.
+
     Args:
         rows: of one kind of weights; only patches of the probe batch count.
     """
@@ -185,4 +187,4 @@ def onset_step(rows: Iterable[NormRow]) -> dict[str, float]:
     last = max((row.layer for row in patches), default=0)
     points = sorted((row.step, row.statistics.outlier_fraction) for row in patches if row.layer == last)
     onset = outliers.onset([fraction for _, fraction in points])
-    return {} if onset is None else {"tokens/onset_step": float(points[onset][0])}
+    return {} if not onset else {"tokens/onset_step": float(points[onset][0])}

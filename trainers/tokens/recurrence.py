@@ -1,7 +1,9 @@
 """Whether outliers follow the content of an image or the place on the grid: images are shifted, flipped and resized.
 
 An outlier that follows content recurs where the same part of the picture is afterwards; one that follows the place
-recurs in the same row and column. What chance alone gives is the base rate: the share of outliers afterwards.
+recurs in the same row and column. Only a shift and a flip tell the two apart: at another resolution the position
+embedding is resampled, so that a place moves along with the content. What chance alone gives is the base rate: the
+share of outliers afterwards.
 Shapes: B images, patches on a grid of h × w cells before and h' × w' after.
 """
 
@@ -88,29 +90,43 @@ def recurrence(before: Marks, after: Marks, content: Cells) -> dict[str, float]:
     row, column = content
     exists = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     exists &= (place[0] < height) & (place[1] < width) & (content != place).any(axis=0)
-    at = np.where(exists, content, 0), np.where(exists, place, 0)
+    at = {"content": np.where(exists, content, 0), "place": np.where(exists, place, 0)}
     pairs = before.outliers & exists
-    for rows, columns in at:
+    for rows, columns in at.values():
         pairs &= after.patches[:, rows, columns]
+    return _shares(pairs, after, at)
+
+
+def recurrence_when_resized(before: Marks, after: Marks) -> dict[str, float]:
+    """How often outliers recur at the same relative position of another grid; nothing but `pairs` where there are none.
+
+    Content and what is tied to the position embedding are both there, so that this does not tell them apart.
+
+    Returns:
+        `pairs`: the number of outliers before whose counterpart after is no padding; `recurs`: the share of these whose
+        counterpart is an outlier too; `base_rate`: the share of outliers among all patches after.
+    """
+    at = resized(before.outliers.shape[1:], after.outliers.shape[1:])
+    return _shares(before.outliers & after.patches[:, *at], after, {"recurs": at})
+
+
+def _shares(pairs: Mask, after: Marks, counterparts: Mapping[str, Cells]) -> dict[str, float]:
+    """The share of pairs [B, h, w] whose counterpart, by name, is an outlier."""
     count = int(pairs.sum())
     if not count:
         return {"pairs": 0.0}
-    recurring = [int((pairs & after.outliers[:, rows, columns]).sum()) for rows, columns in at]
-    return {
-        "pairs": float(count),
-        "content": recurring[0] / count,
-        "place": recurring[1] / count,
-        "base_rate": int(after.outliers.sum()) / int(after.patches.sum()),
-    }
+    recurring = {name: int((pairs & after.outliers[:, *at]).sum()) / count for name, at in counterparts.items()}
+    return {"pairs": float(count), **recurring, "base_rate": int(after.outliers.sum()) / int(after.patches.sum())}
 
 
 def measure(subject: Subject, settings: RecurrenceConfig) -> Iterator[Finding]:
-    """`recurrence/shift/…`, `recurrence/flip/…`, `recurrence/scale_1_5/antialias/…` and `…/plain/…`; see `recurrence`.
+    """`recurrence/shift/…` and `recurrence/flip/…` as in `recurrence`; at other resolutions only whether they recur.
 
+    These are `recurrence/scale_1_5/antialias/…` and `…/plain/…` as in `recurrence_when_resized`: the built-in ViT's
+    position embedding is resampled both with and without antialiasing, whatever `model.pos_antialias` says. That of a
+    user's own backbone is its own affair, and its numbers are named `recurrence/scale_1_5/…`.
     Outliers of all views are found by the threshold of the probe images as they are. A shift is seen in two windows of
-    a picture that is `shift` patches larger. At other resolutions the built-in ViT's position embedding is resampled
-    both with and without antialiasing, whatever `model.pos_antialias` says; that of a user's own backbone is its own
-    affair, and its numbers are named `recurrence/scale_1_5/…`. Statistics `…/pairs` say of how many pairs these are.
+    a picture that is `shift` patches larger. Statistics `…/pairs` say of how many pairs these are.
 
     Raises:
         ValueError: the backbone does not take images of another resolution.
@@ -129,9 +145,12 @@ def measure(subject: Subject, settings: RecurrenceConfig) -> Iterator[Finding]:
     yield from _findings("flip", recurrence(standing, mirrored, flipped(grid)))
     for scale in settings.scales:
         name, length = f"scale_{scale:.10g}".replace(".", "_"), max(1, round(side * scale))
+        if length == side:
+            logger.warning("a scale of %g gives the same %d patches: it is not measured", scale, side)
+            continue
         for suffix, variant in _variants(backbone):
             after = _look(subject, variant, View(length, length))
-            yield from _findings(name + suffix, recurrence(standing, after, resized(grid, (length, length))))
+            yield from _findings(name + suffix, recurrence_when_resized(standing, after))
 
 
 def _findings(name: str, found: Mapping[str, float]) -> Iterator[Finding]:

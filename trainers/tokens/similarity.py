@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainers import vit
-from trainers.measurement import Finding, Metric, Statistic, Subject
+from trainers.measurement import DETAIL_CHUNK, Finding, Metric, Statistic, Subject
 from trainers.tokens import neighbors
 
 Floats = NDArray[np.floating]
 Mask = NDArray[np.bool_]
-
-_CHUNK = 16  # images at a time: a layer of ViT-g on 16 images of 37 × 37 patches takes 135 MB in float32
 
 
 def to_class(tokens: vit.Tokens) -> Tensor:
@@ -103,7 +101,7 @@ def _cosines(subject: Subject, pixels: NDArray[np.uint8]) -> list[Floats]:
     """Of all layers and images, brought from the device at once: to class, to neighbours, among registers."""
     backbone = cast(vit.Backbone, subject.backbone)
     batches = []
-    for images in subject.batches(pixels, _CHUNK):
+    for images in subject.batches(pixels, DETAIL_CHUNK):
         layers = [_of_layer(tokens, subject.grid) for tokens in backbone.residuals(images)]
         batches.append([torch.stack(kind) for kind in zip(*layers, strict=True)])
     return [torch.cat(kind, dim=1).cpu().numpy() for kind in zip(*batches, strict=True)]
