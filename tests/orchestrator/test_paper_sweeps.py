@@ -40,8 +40,11 @@ def test_a_sweep_of_the_paper_says_whether_its_cell_can_be_had_and_what_it_costs
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_a_small_twin_asks_the_same_of_models_that_train_here(path: Path) -> None:
-    assert re.search(r"^# Expected cost: ", path.read_text(), re.MULTILINE)
+    cost = re.search(
+        r"^# Expected cost: (\d+) trials\b.*\bs on one core.* (\d+) minutes on", path.read_text(), re.MULTILINE
+    )
     plan, paper = build_plan(read_sweep(path)), build_plan(read_sweep(PAPER / path.name))
+    assert cost is not None and int(cost[1]) == len(plan.trials)
     assert {trial.config.data.train for trial in plan.trials} == {"scenes"}
     measured = set().union(*(trial.config.tokens.measurements for trial in plan.trials))
     assert set().union(*(trial.config.tokens.measurements for trial in paper.trials)) <= measured
