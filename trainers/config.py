@@ -48,7 +48,7 @@ AS_BEFORE: Mapping[str, object] = {
     "optim.patch_embed_lr_scale": 1.0,
     "deit3.repeats": 1,
     # Measuring more changes nothing that is trained: trials that finished before these existed lack their numbers.
-    "tokens.detail_images": 64,
+    "tokens.detail_images": 32,
     "tokens.outlier_rule": "mad",
     "tokens.outlier_norm": 150.0,
     "tokens.outlier_layer": -1,

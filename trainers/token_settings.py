@@ -84,7 +84,7 @@ class TokensConfig(Section):
 
     probe_images: int = Field(256, ge=1, le=65_536, description="images of the fixed probe batch")
     detail_images: int = Field(
-        64, ge=1, le=65_536, description="of these, on which attention and channels are looked at; needs more memory"
+        32, ge=1, le=65_536, description="of these, on which attention and channels are looked at; needs more memory"
     )
     training_stream: bool = Field(True, description="also accumulate histograms on the training batches")
     outlier_rule: Literal["mad", "fixed", "otsu"] = Field(
