@@ -12,7 +12,7 @@ import torch
 from trainers.config import resolve
 from trainers.streams import Streams
 from trainers.tokens import histogram, norms
-from trainers.vit import ViT, token_norms
+from trainers.vit import Tokens, ViT, norms_of, token_norms
 
 KEYS = {"trial_id": "t", "step": 5, "weights": "raw"}
 
@@ -231,3 +231,15 @@ def test_quantiles_of_a_histogram_err_by_less_than_a_bin(count: int, shape: str)
         assert distribution.fraction_below(np.array([1.5 * median]))[0] == pytest.approx(
             np.mean(values < 1.5 * median), abs=0.003
         )
+
+
+def test_norms_of_bf16_tokens_are_near_those_of_float32() -> None:
+    """bf16 keeps 8 bits: each component is off by 2⁻⁹ at most, so the norm is too; it is itself summed in float32."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = Tokens(*(30 * torch.randn(4, count, 384, generator=generator) for count in (1, 2, 16)))
+    tokens = tokens._replace(cls_BD=tokens.cls_BD[:, 0])
+    halves = Tokens(*(part.bfloat16() for part in tokens))
+    exact, near = norms_of(tokens), norms_of(halves)
+    assert near.dtype == torch.float32
+    torch.testing.assert_close(near, exact, rtol=2**-9, atol=0)
+    torch.testing.assert_close(near, norms_of(Tokens(*(part.float() for part in halves))), rtol=1e-6, atol=0)
