@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # What a data set can provide and a method or probe can need.
@@ -36,17 +37,20 @@ class DataEntry:
     build: str  # "module:function", called as described in trainers/data/__init__.py
     provides: tuple[str, ...]
     decode_size: int | None  # native side in px that `data.decode_size: auto` resolves to; None: from the model
-    needs_root: bool  # files of the user's own: needs `data.name` and `execution.data_root`
+    needs_root: bool  # files that the user has got: needs `execution.data_root`
     licence: str
     how_to_get: str
+    needs_name: bool = False  # content of the user's own: needs `data.name`
+    layout: str = ""  # which files are expected under the root
 
 
 @dataclass(frozen=True)
 class ProbeEntry:
-    """A downstream metric on the frozen backbone: where it is and what the data must provide."""
+    """A downstream metric on the frozen backbone: where it is, what the data must provide, which methods have it."""
 
-    build: str
+    build: str  # "module:Class", called as described in trainers/probes/__init__.py
     needs: tuple[str, ...]
+    methods: tuple[str, ...] = ()  # none stands for all
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,19 @@ DATASETS = {
         provides=("classes",),
         decode_size=None,
         needs_root=True,
+        needs_name=True,
         licence="the user's own",
         how_to_get="put images under ROOT/{train,validation,test}/CLASS/ and set data.name and execution.data_root",
     ),
 }
 
 PROBES = {
-    "linear": ProbeEntry(build="trainers.probes.linear:fit", needs=("classes",)),
-    "knn": ProbeEntry(build="trainers.probes.knn:fit", needs=("classes",)),
+    "linear": ProbeEntry(build="trainers.probes.linear:Linear", needs=("classes",)),
+    "knn": ProbeEntry(build="trainers.probes.knn:Knn", needs=("classes",)),
+    "zero_shot": ProbeEntry(build="trainers.probes.zero_shot:ZeroShot", needs=("classes",), methods=("openclip",)),
+    "segmentation": ProbeEntry(build="trainers.probes.segmentation:Segmentation", needs=("segmentation",)),
+    "depth": ProbeEntry(build="trainers.probes.depth:Depth", needs=("depth",)),
+    "object_discovery": ProbeEntry(build="trainers.probes.object_discovery:ObjectDiscovery", needs=("boxes",)),
 }
 
 
@@ -161,6 +170,20 @@ MEASUREMENTS = {
 def provides(data: str) -> tuple[str, ...] | None:
     """What the data set `data` provides, or None for a user's own (dotted path), which only its code can say."""
     return DATASETS[data].provides if data in DATASETS else None
+
+
+def evaluation_set(name: str) -> tuple[str, str | None]:
+    """The catalog's name, or dotted path, of a data set that a probe names, and the logical name of an image folder."""
+    entry, separator, logical = name.partition("/")
+    return (entry, logical) if separator else (name, None)
+
+
+def is_evaluation_set(name: str) -> bool:
+    """Whether probes can name a data set so: as the catalog does, NAME of a user's folder as image_folder/NAME."""
+    entry, logical = evaluation_set(name)
+    if entry not in DATASETS:
+        return is_dotted_path(name)
+    return bool(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", logical or "")) == DATASETS[entry].needs_name
 
 
 def is_dotted_path(name: str) -> bool:

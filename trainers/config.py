@@ -13,12 +13,18 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from trainers import catalog, presets, released
+from trainers import catalog, presets, probe_presets, released
 from trainers.conflicts import conflicts
 from trainers.explain import ConfigError, Fault, ImpossibleError, explain
 from trainers.method_settings import DeiT3Config, DinoConfig, DinoV2Config
 from trainers.method_settings import HeadConfig as HeadConfig  # for planning, which imports settings from here alone
 from trainers.method_settings import OpenCLIPConfig as OpenCLIPConfig
+from trainers.probe_settings import DepthConfig as DepthConfig
+from trainers.probe_settings import KnnConfig as KnnConfig
+from trainers.probe_settings import LinearConfig as LinearConfig
+from trainers.probe_settings import ObjectDiscoveryConfig as ObjectDiscoveryConfig
+from trainers.probe_settings import SegmentationConfig as SegmentationConfig
+from trainers.probe_settings import ZeroShotConfig as ZeroShotConfig
 from trainers.section import LISTED, ONCE, Section, known, rising
 from trainers.settle import settle
 from trainers.token_settings import TokensConfig as TokensConfig
@@ -53,6 +59,13 @@ AS_BEFORE: Mapping[str, object] = {
     "tokens.outlier_norm": 150.0,
     "tokens.outlier_layer": -1,
     "tokens.measurements": ("location", "channels", "attention", "similarity", "neighbors"),
+    "evaluation.linear.data": (),
+    "evaluation.linear.at": "every",
+    "evaluation.linear.blocks": (1,),
+    "evaluation.linear.crops": False,
+    "evaluation.linear.select_on": "train",
+    "evaluation.knn.data": (),
+    "evaluation.knn.at": "every",
 }
 
 _NOT_IN_IDENTITY = ("preset", "execution")
@@ -249,25 +262,6 @@ class OptimConfig(Section):
     )
 
 
-class LinearConfig(Section):
-    """Linear classification on frozen features, the official DINOv2 grid of learning rates, all heads at once."""
-
-    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], LISTED, ONCE] = Field(
-        (1e-3, 3e-3, 1e-2, 3e-2, 0.1), min_length=1, description="per 256 images; 13 from 1e-5 to 0.1 in DINOv2"
-    )
-    steps: int = Field(500, ge=1, le=1_000_000, description="12,500 in DINOv2")
-    batch_size: int = Field(256, ge=1, le=65_536)
-
-
-class KnnConfig(Section):
-    """Weighted k-nearest-neighbour classification (official DINOv2 protocol)."""
-
-    k: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], LISTED, ONCE] = Field(
-        (10, 20, 100, 200), min_length=1
-    )
-    temperature: float = Field(0.07, gt=0, le=10)
-
-
 class EvaluationConfig(Section):
     """Which probes run on the frozen backbone, on how many images, and how often."""
 
@@ -280,6 +274,14 @@ class EvaluationConfig(Section):
     train_images: int = Field(4_000, ge=16, le=100_000_000, description="most training images that probes learn from")
     linear: LinearConfig | None = Field(default_factory=LinearConfig, description="null where the probe is off")
     knn: KnnConfig | None = Field(default_factory=KnnConfig, description="null where the probe is off")
+    zero_shot: ZeroShotConfig | None = Field(default_factory=ZeroShotConfig, description="null where the probe is off")
+    segmentation: SegmentationConfig | None = Field(
+        default_factory=SegmentationConfig, description="null where the probe is off"
+    )
+    depth: DepthConfig | None = Field(default_factory=DepthConfig, description="null where the probe is off")
+    object_discovery: ObjectDiscoveryConfig | None = Field(
+        default_factory=ObjectDiscoveryConfig, description="null where the probe is off"
+    )
 
 
 class ExecutionConfig(Section):
@@ -347,6 +349,7 @@ def resolve(settings: Mapping[str, Any]) -> TrialConfig:
         weights = given.get("model.weights")
         if isinstance(weights, str):
             recipe = {**recipe, **released.settings(weights)}
+        recipe = {**recipe, **probe_presets.recipes({**recipe, **given})}
         nested = nest({**_beside(recipe, given), **given, "preset": name})
     except ValueError as error:
         raise ConfigError([Fault((), str(error), ("preset", "method"))]) from error
@@ -416,8 +419,8 @@ def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 
 def is_execution(name: str) -> bool:
-    """Whether the dotted name says only how a trial is executed, and so is not part of its identity."""
-    return name.split(".")[0] in _NOT_IN_IDENTITY
+    """Whether the dotted name is not part of a trial's identity: how it is executed, or a recipe, whose values are."""
+    return name.split(".")[0] in _NOT_IN_IDENTITY or name.endswith(".preset")
 
 
 def identity(config: TrialConfig) -> dict[str, Any]:

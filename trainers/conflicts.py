@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from trainers import catalog
 from trainers.explain import shown
@@ -39,6 +39,7 @@ def conflicts(config: TrialConfig) -> Iterator[Conflict]:
     yield from _parts_of_methods(config)
     yield from _missing_parts(config)
     yield from _missing_measurements(config)
+    yield from _probes(config)
     yield from _unmet_needs(config)
 
 
@@ -195,7 +196,7 @@ def _parts_of_methods(config: TrialConfig) -> Iterator[Conflict]:
 def _missing_parts(config: TrialConfig) -> Iterator[Conflict]:
     """Settings that the chosen data set, method and probes cannot do without."""
     entry = catalog.DATASETS.get(config.data.train)
-    if entry is not None and entry.needs_root and config.data.name is None:
+    if entry is not None and entry.needs_name and config.data.name is None:
         yield (
             f"data.name is missing: data.train {config.data.train} needs a logical name, part of the trials' identity",
             ("data.train", "data.name"),
@@ -246,8 +247,31 @@ def _missing_layers(config: TrialConfig) -> Iterator[Conflict]:
             )
 
 
+def _probes(config: TrialConfig) -> Iterator[Conflict]:
+    """What probes need of the method, and of the data sets that they run on."""
+    for probe in config.evaluation.probes:
+        entry = catalog.PROBES.get(probe)
+        if entry is None:
+            continue
+        if entry.methods and config.method in catalog.METHODS and config.method not in entry.methods:
+            yield (
+                f"probe {probe} needs method {' or '.join(entry.methods)}; method is {config.method}",
+                ("evaluation.probes", "method"),
+            )
+        named = getattr(getattr(config.evaluation, probe), "data", ())
+        for name in named or (config.data.train,):
+            where = f"evaluation.{probe}.data" if named else "data.train"
+            provided = catalog.provides(catalog.evaluation_set(name)[0])
+            for need in entry.needs if provided is not None else ():
+                if need not in cast(tuple[str, ...], provided):
+                    yield (
+                        f"probe {probe} needs {need}; {where} {name} provides {', '.join(provided or ())}",
+                        ("evaluation.probes", where),
+                    )
+
+
 def _unmet_needs(config: TrialConfig) -> Iterator[Conflict]:
-    """What the method and the probes need and the data set does not provide."""
+    """What the method and the measurements need and the data set does not provide."""
     provided = catalog.provides(config.data.train)
     if provided is None:
         return
@@ -258,13 +282,6 @@ def _unmet_needs(config: TrialConfig) -> Iterator[Conflict]:
                 f"method {config.method} needs {need}; data.train {config.data.train} provides {', '.join(provided)}",
                 ("method", "data.train"),
             )
-    for probe in config.evaluation.probes:
-        for need in catalog.PROBES[probe].needs if probe in catalog.PROBES else ():
-            if need not in provided:
-                yield (
-                    f"probe {probe} needs {need}; data.train {config.data.train} provides {', '.join(provided)}",
-                    ("evaluation.probes", "data.train"),
-                )
     for name in config.tokens.measurements:
         for need in catalog.MEASUREMENTS[name].needs if name in catalog.MEASUREMENTS else ():
             if need not in provided:

@@ -21,6 +21,7 @@ from trainers.config import TrialConfig, trial_id
 from trainers.data import DataSet
 from trainers.files import write_whole
 from trainers.measurement import Arrays, Metric, PerImage, Picture, Statistic, Subject, findings
+from trainers.probes import Context
 from trainers.probes.fitted import PREFIXES, FittedProbes, Probes
 from trainers.streams import Streams
 from trainers.tokens.location import on_grid
@@ -58,14 +59,37 @@ class Evaluation:
         data: its data set.
         streams: of the trial; evaluation draws from none that training draws from.
         device: where backbones are.
+        method: of the trial, for probes that ask it.
+        others: data sets that probes run on besides, by the names by which they name them.
+        scratch: folder for features that are too large for memory.
     """
 
-    def __init__(self, config: TrialConfig, data: DataSet, streams: Streams, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        data: DataSet,
+        streams: Streams,
+        device: torch.device,
+        *,
+        method: nn.Module | None = None,
+        others: Mapping[str, DataSet] | None = None,
+        scratch: Path | None = None,
+    ) -> None:
         self._config, self._data, self._streams, self._device = config, data, streams, device
         assert isinstance(config.model.image_size, int), "the configuration is not resolved"
         self._trial_id = trial_id(config)
         self._per_image: dict[tuple[str, str], NDArray[np.floating]] = {}  # by split and metric
-        self.probes = Probes(config.evaluation, data, config.model, streams, device)
+        self._files: list[Arrays | Picture] = []  # of probes
+        self.probes = Probes(
+            config.evaluation,
+            data,
+            config.model,
+            Context(streams, method, config.method),
+            device,
+            others=others,
+            norm_layer=config.tokens.outlier_layer,
+            scratch=scratch,
+        )
 
     def subject(
         self,
@@ -98,9 +122,19 @@ class Evaluation:
             scores = fitted.score(backbone, split)
             metrics |= scores.metrics
             if split == "test":
-                prefix = PREFIXES[split]
-                self._per_image |= {(prefix, name): right.double().numpy() for name, right in scores.correct.items()}
+                self._per_image |= {(PREFIXES[split], name): values for name, values in scores.per_image.items()}
+                self._files = scores.files
         return metrics
+
+    def keep_outliers(self, subject: Subject) -> None:
+        """Keep how many outliers each test image has, beside what probes say of it."""
+        norms = None if subject.fitted is None else subject.fitted.patch_norms()
+        if norms is None:
+            return
+        outlier = norms > subject.threshold
+        padding = subject.padding(self._data.test, np.arange(len(outlier)))
+        count = (outlier if padding is None else outlier & ~padding).sum(axis=1).astype(np.float64)
+        self._per_image[PREFIXES["test"], "tokens/outliers"] = count
 
     def token_rows(self, subject: Subject, weights: str) -> list[NormRow]:
         """Exact norm statistics of the probe batch, the first validation images."""
@@ -129,6 +163,8 @@ class Evaluation:
                     found.statistics.append(self._row(finding, weights, subject.step))
                 elif at_end:
                     self._keep(finding, directory)
+        for file in self._files if at_end else ():
+            self._keep(file, directory)
         return found
 
     def _row(self, finding: Statistic, weights: str, step: int) -> StatisticRow:

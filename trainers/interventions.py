@@ -69,7 +69,7 @@ def measure(subject: Subject, settings: InterventionsConfig) -> Iterator[Finding
                 edits[name] = edit
     if not edits:
         return
-    fitted = subject.fitted or subject.probes.fit(backbone)
+    fitted = (subject.fitted or subject.probes.fit(backbone)).quick
     limit = rule3_limit(subject)
     untouched, measured = every_metric(subject, fitted, limit), _measured(subject.with_backbone(backbone))
     for name, edit in edits.items():

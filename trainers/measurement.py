@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from trainers.augment import evaluation_view
 from trainers.config import ModelConfig, TokensConfig
 from trainers.data import DataSet, Split
 from trainers.dotted import load
+from trainers.findings import Arrays as Arrays  # for measurements, which take all that they need from here
+from trainers.findings import Metric as Metric
+from trainers.findings import PerImage as PerImage
+from trainers.findings import Picture as Picture
+from trainers.findings import Statistic as Statistic
 from trainers.probes.features import evaluating
 from trainers.probes.fitted import FittedProbes, Probes
 from trainers.streams import Streams
@@ -28,44 +33,6 @@ from trainers.tokens import outliers
 
 CHUNK = 64  # images in a forward pass
 DETAIL_CHUNK = 16  # … that keeps whole layers: one of ViT-g, 16 images of 37 × 37 patches, takes 135 MB in float32
-
-
-class Metric(NamedTuple):
-    """A number of the trial at this step, reported and tracked under its name, such as `tokens/location/share`."""
-
-    name: str
-    value: float
-
-
-class Statistic(NamedTuple):
-    """A row of token_statistics.parquet: a number of a layer, head or kind of token, where these make sense."""
-
-    name: str
-    value: float
-    layer: int | None = None  # 0 enters the first block, l is the output of block l; of attention the block, 1 … L
-    head: int | None = None
-    token: str | None = None  # "cls", "register_0" …, "patch"
-
-
-class PerImage(NamedTuple):
-    """A number of each of the first validation images; kept at the end of a trial, in per_image.parquet."""
-
-    name: str
-    values: NDArray[np.floating]
-
-
-class Arrays(NamedTuple):
-    """Arrays that the end of a trial leaves as NAME.npz; no objects."""
-
-    name: str
-    arrays: Mapping[str, NDArray[Any]]
-
-
-class Picture(NamedTuple):
-    """A picture that the end of a trial leaves as attention/NAME.png."""
-
-    name: str
-    png: bytes
 
 
 Finding = Metric | Statistic | PerImage | Arrays | Picture

@@ -31,9 +31,10 @@ def settle(config: TrialConfig) -> Values:
         values["precision"] = "bf16" if large else "fp32"  # bf16 is slower for small shapes on CPUs
     if config.data.train != "scenes":
         values["data"]["scenes"] = None
-    if config.data.train in catalog.DATASETS and not catalog.DATASETS[config.data.train].needs_root:
-        values["data"]["name"] = None
-        values["data"]["fit"] = "crop"
+    if config.data.train in catalog.DATASETS:
+        entry = catalog.DATASETS[config.data.train]
+        values["data"]["name"] = values["data"]["name"] if entry.needs_name else None
+        values["data"]["fit"] = values["data"]["fit"] if entry.needs_root else "crop"
     for name in catalog.PROBES:
         if name not in config.evaluation.probes:
             values["evaluation"][name] = None

@@ -208,7 +208,7 @@ def measure(subject: Subject, settings: TestTimeRegistersConfig) -> Iterator[Fin
         "zeroed": [with_zeroed_neurons(backbone, found.neurons)],
     }
     limit = rule3_limit(subject)
-    untouched = every_metric(subject, subject.fitted or subject.probes.fit(backbone), limit)
+    untouched = every_metric(subject, (subject.fitted or subject.probes.fit(backbone)).quick, limit)
     for what, remedied in variants.items():
         draws = [_remedied(subject, variant, limit) for variant in remedied]
         shared = [name for name in (draws[0] if draws else ()) if all(name in draw for draw in draws)]

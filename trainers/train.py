@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trainers import catalog, checkpoint, distributed, pretrained, vit, weights
 from trainers.config import TrialConfig, trial_id
-from trainers.data import open_data
+from trainers.data import open_data, open_evaluation_sets
 from trainers.dotted import load
 from trainers.evaluate import Evaluation
 from trainers.loader import CAPTIONS, TARGETS, Order, Reader, Shares, batches
@@ -50,6 +50,7 @@ class Result:
         status: finished, diverged, or what `should_stop` answered (stopped, interrupted).
         steps: optimiser steps done; of a diverged run the last one whose loss was known to be finite.
         images_per_second: of training alone, evaluation left out; null before the second log point.
+        evaluation: fingerprints of the data sets that only probes run on, by their names.
     """
 
     status: str
@@ -58,6 +59,7 @@ class Result:
     device: str
     data_fingerprint: str
     error: Mapping[str, str] | None = None
+    evaluation: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -118,7 +120,10 @@ class _Training:
             self.method = self._build_method().to(device)
         self._make_fast(cache)
         self.stepper = Stepper(config, self.method, self.streams, device)
-        self.evaluation = Evaluation(config, self.data, self.streams, device)
+        self.others = open_evaluation_sets(config, cache)
+        self.evaluation = Evaluation(
+            config, self.data, self.streams, device, method=self.method, others=self.others, scratch=directory
+        )
         self.step = 0
         self.history: list[tuple[int, dict[str, float]]] = []
         self.rows: list[NormRow] = []
@@ -234,11 +239,13 @@ class _Training:
         name, trains = ("raw", True) if entry is None else (entry.weights, entry.trains)
         evaluated, ema = self.method.evaluated(), self.stepper.ema
         at_end = "test" in splits
-        fitted = self.evaluation.probes.fit(evaluated)
+        fitted = self.evaluation.probes.fit(evaluated, at_end=at_end)
         metrics = self.evaluation.score(evaluated, fitted, splits)
         known = (fitted, metrics) if at_end else (None, None)
         subject = self.evaluation.subject(evaluated, self.step, at_end=at_end, fitted=known[0], scores=known[1])
         self.subject = subject
+        if at_end:
+            self.evaluation.keep_outliers(subject)
         rows = self.evaluation.token_rows(subject, name)
         self.rows += rows
         if name != "raw":
@@ -269,14 +276,22 @@ class _Training:
         if distributed.rank() == 0:
             self._write_tokens()
         error = {"type": "Diverged", "message": message, "traceback": ""}
-        return Result("diverged", self._last_good, self._speed(), self.device.type, self.data.fingerprint, error)
+        fingerprint = self.data.fingerprint
+        return Result(
+            "diverged", self._last_good, self._speed(), self.device.type, fingerprint, error, self._fingerprints()
+        )
 
     def _write_tokens(self) -> None:
         token_table.write(self.rows, self.directory / "token_norms.parquet")
         token_statistics.write(self.statistics, self.directory / "token_statistics.parquet")
 
     def _result(self, status: str) -> Result:
-        return Result(status, self.step, self._speed(), self.device.type, self.data.fingerprint)
+        return Result(
+            status, self.step, self._speed(), self.device.type, self.data.fingerprint, evaluation=self._fingerprints()
+        )
+
+    def _fingerprints(self) -> dict[str, str]:
+        return {name: data.fingerprint for name, data in self.others.items()}
 
     def _speed(self) -> float | None:
         return self._images / self._seconds if self._seconds else None

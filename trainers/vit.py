@@ -314,6 +314,14 @@ class ViT(VisionTransformer):
         wanted = {n: (x_BTD, layout) for n, ((x_BTD,), layout) in enumerate(self._layers([images])) if n in layers}
         return [self._tokens(*wanted[layer], normed) for layer in layers]
 
+    def raw_and_normed(self, images: Tensor, layers: Sequence[int]) -> dict[int, tuple[Tokens, Tokens]]:
+        """Tokens at `layers` (0 … L), before and after the final norm, in one pass."""
+        return {
+            layer: (self._tokens(x_BTD, layout, normed=False), self._tokens(x_BTD, layout, normed=True))
+            for layer, ((x_BTD,), layout) in enumerate(self._layers([images]))
+            if layer in layers
+        }
+
     def attention(self, images: Tensor, layer: int) -> Tensor:
         """Explicit softmax of block `layer` (1 … L) in float32, [B, H, T, T], rows are queries.
 
@@ -339,6 +347,10 @@ class ViT(VisionTransformer):
         """
         block, x_BTD, _ = self._before(layer, images)
         return _qkv(block, x_BTD)
+
+    def project(self, entering: Tokens, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`qkv` of block `layer` (1 … L), given the tokens that enter it, before its norm."""
+        return _qkv(self._blocks[layer - 1], together(entering))
 
     def _before(self, layer: int, images: Tensor) -> tuple[Any, Tensor, Layout]:
         """Block `layer`, and what enters it."""

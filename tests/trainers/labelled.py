@@ -14,6 +14,7 @@ from torch import nn
 from tests.trainers.planted import subject
 from trainers.config import EvaluationConfig
 from trainers.measurement import Subject
+from trainers.probes import Context
 from trainers.probes.fitted import Probes
 from trainers.streams import Streams
 from trainers.vit import ViT
@@ -43,6 +44,6 @@ def labelled(
     split = replace(given.data.train, targets={"classes": classes})
     data = replace(given.data, class_names=("heads", "tails"), train=split, validation=split, test=split)
     evaluation = EvaluationConfig(probes=("knn",), knn={"k": (3, 20)}, train_images=len(shown))
-    probes = Probes(evaluation, data, given.model, Streams(0), torch.device("cpu"))
+    probes = Probes(evaluation, data, given.model, Context(Streams(0), None, "deit3"), torch.device("cpu"))
     backbone = change(ViT(given.model, Streams(1)).eval().requires_grad_(False))
     return replace(given, backbone=backbone, data=data, probes=probes, fitted=probes.fit(backbone))

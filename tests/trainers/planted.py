@@ -12,6 +12,7 @@ from trainers.augment import IMAGENET_MEAN, IMAGENET_STD
 from trainers.config import resolve
 from trainers.data import DataSet, Split
 from trainers.measurement import Finding, Metric, Statistic, Subject
+from trainers.probes import Context
 from trainers.probes.fitted import Probes
 from trainers.streams import Streams
 from trainers.vit import Tokens
@@ -86,7 +87,7 @@ def subject(
     data = DataSet("planted", ("one",), ("classes",), split, split, split, "0" * 16)
     device, streams = torch.device("cpu"), Streams(0)
     assert isinstance(config.model.image_size, int)
-    probes = Probes(config.evaluation, data, config.model, streams, device)
+    probes = Probes(config.evaluation, data, config.model, Context(streams, None, "deit3"), device)
     return Subject(backbone, config.model, config.tokens, data, device, streams, step, probes)
 
 

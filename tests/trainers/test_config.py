@@ -368,7 +368,7 @@ class TestSingleSettings:
         [
             ("model.num_register", "model.num_register is not a setting of model; did you mean model.num_registers?"),
             ("lr", "lr is not a setting; did you mean optim.lr?"),
-            ("steps", "steps is not a setting; did you mean optim.steps or evaluation.linear.steps?"),
+            ("steps", "steps is not a setting; did you mean optim.steps or evaluation.linear.steps"),
             ("epochs", "epochs is not a setting; did you mean optim.steps?"),
             ("registers", "registers is not a setting; did you mean model.num_registers?"),
             ("model.reg_tokens", "model.reg_tokens is not a setting of model; did you mean model.num_registers?"),

@@ -357,11 +357,10 @@ def test_patches_are_drawn_evenly_and_by_the_image_alone() -> None:
 def test_probes_read_the_mean_of_the_patches_that_are_left() -> None:
     ours, gone_BN = backbone(), torch.zeros(2, PATCHES, dtype=torch.bool)
     gone_BN[:, :3] = True
-    pixels = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).numpy()
     edited = EditedViT(ours, treating(gone_BN, 4, edits.deleted))
-    features = extract(edited, pixels, torch.zeros(2).long().numpy(), lambda _pixels: images(2))
+    features = extract(edited, [images(2)], 2, {"mean_patch", "norms"})
     expected = ours.tokens(images(2)).patches_BND[:, 3:].mean(1)
-    torch.testing.assert_close(features.mean_patch, expected)
+    torch.testing.assert_close(features["mean_patch"], expected)
 
 
 def test_what_cannot_be_edited_is_said() -> None:

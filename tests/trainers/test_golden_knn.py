@@ -8,8 +8,7 @@ import torch
 from tests.golden_files import Golden, close
 from trainers.config import KnnConfig
 from trainers.probes import knn
-from trainers.probes.features import Features
-from trainers.streams import Streams
+from trainers.probes.classification import Features
 
 pytestmark = pytest.mark.golden
 
@@ -26,7 +25,7 @@ def features(golden: Golden, split: str) -> Features:
 
 def fitted(golden: Golden, ks: tuple[int, ...]) -> Any:
     settings = KnnConfig(k=ks, temperature=golden["T"])
-    return knn.fit(features(golden, "train"), settings, Streams(0), golden["num_classes"])
+    return knn.fit(features(golden, "train"), settings, golden["num_classes"])
 
 
 def ks_of(golden: Golden) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trainers import probes
 from trainers.config import resolve
-from trainers.probes.features import Features, evaluating, extract, training_subset
+from trainers.probes import features as features_module
+from trainers.probes.classification import Features, accuracies
+from trainers.probes.features import READS, evaluating, even_blocks, extract, last_blocks, training_subset
 from trainers.streams import Streams
 from trainers.vit import Tokens, ViT
 
@@ -30,29 +31,60 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)
 
 
-CLASSES = np.arange(11) % 3
+def _batches(images: np.ndarray, chunk: int = 4) -> list[Tensor]:
+    return list(_view(torch.from_numpy(images)).split(chunk))
 
 
 def test_equal_to_normed_tokens_whatever_the_chunk(images: np.ndarray) -> None:
     backbone = _vit().train()
-    features = extract(backbone, images, CLASSES, _view, chunk=4)
-    assert backbone.training and features.cls is not None
+    features = extract(backbone, _batches(images), 11, {"cls", "mean_patch"})
+    assert backbone.training
     with torch.no_grad():
         tokens = backbone.eval().tokens(_view(torch.from_numpy(images)))
-    torch.testing.assert_close(features.cls, tokens.cls_BD, rtol=0, atol=1e-5)
-    torch.testing.assert_close(features.mean_patch, tokens.patches_BND.sum(dim=1) / 4, rtol=0, atol=1e-5)
-    assert features.cls.norm(dim=1).numpy() == pytest.approx(np.full(11, 8.0), rel=1e-3)  # √D after the final norm
-    assert features.classes.tolist() == CLASSES.tolist() and len(features) == 11
-    assert not features.cls.requires_grad
+    torch.testing.assert_close(features["cls"], tokens.cls_BD, rtol=0, atol=1e-5)
+    torch.testing.assert_close(features["mean_patch"], tokens.patches_BND.sum(dim=1) / 4, rtol=0, atol=1e-5)
+    assert features["cls"].norm(dim=1).numpy() == pytest.approx(np.full(11, 8.0), rel=1e-3)  # √D after the final norm
+    assert not features["cls"].requires_grad
 
 
-def test_chosen_images_from_a_read_only_map(images: np.ndarray, tmp_path: Path) -> None:
-    np.save(tmp_path / "images.npy", images)
-    mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    chosen = extract(_vit(), mapped, CLASSES, _view, indices=np.array([1, 4, 10]), chunk=2)
-    whole = extract(_vit(), images, CLASSES, _view)
-    torch.testing.assert_close(chosen.mean_patch, whole.mean_patch[[1, 4, 10]], rtol=0, atol=1e-5)
-    assert chosen.classes.tolist() == [1, 1, 1]
+def test_everything_that_can_be_read_is_what_the_backbone_says(images: np.ndarray) -> None:
+    backbone = _vit().eval()
+    found = extract(backbone, _batches(images), 11, set(READS), norm_layer=2)
+    x = _view(torch.from_numpy(images))
+    with torch.no_grad():
+        raw, normed = backbone.intermediate(x, range(5), normed=False), backbone.intermediate(x, range(5))
+        projected = backbone.qkv(x, 4)
+    expected = {
+        "cls": normed[4].cls_BD,
+        "mean_patch": normed[4].patches_BND.mean(dim=1),
+        "cls_blocks": torch.stack([tokens.cls_BD for tokens in normed[1:]], dim=1),
+        "patches": normed[4].patches_BND,
+        "raw_cls": raw[4].cls_BD,
+        "raw_patches": raw[4].patches_BND,
+        "raw_blocks": torch.stack([torch.cat([t.cls_BD[:, None], t.patches_BND], dim=1) for t in raw[1:]], dim=1),
+        "norms": raw[2].patches_BND.norm(dim=-1),
+    }
+    for name, part in zip(("queries", "keys", "values"), projected, strict=True):
+        expected[name] = part[:, :, 3:].transpose(1, 2).reshape(11, 4, 64)  # class and 2 registers before 4 patches
+    assert set(found) == set(READS) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(found[name], values, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(12, [3, 6, 9, 12]), (24, [5, 12, 18, 24]), (40, [10, 20, 30, 40])])
+def test_blocks_of_dense_heads_are_dinov2s(depth: int, blocks: list[int]) -> None:
+    assert even_blocks(depth) == blocks
+    assert last_blocks(depth) == [depth - 3, depth - 2, depth - 1, depth]
+    assert even_blocks(2) == last_blocks(2) == [1, 2]
+
+
+def test_large_features_lie_in_a_file_that_leaves_nothing(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = extract(_vit(), _batches(images), 11, {"patches"})["patches"]
+    monkeypatch.setattr(features_module, "_LARGE", 100)
+    mapped = extract(_vit(), _batches(images), 11, {"patches"}, scratch=tmp_path)["patches"]
+    assert torch.equal(kept, mapped) and not list(tmp_path.iterdir())
 
 
 class _Fake(nn.Module):
@@ -69,16 +101,16 @@ class _Fake(nn.Module):
 
 
 def test_without_class_token(images: np.ndarray) -> None:
-    features = extract(_Fake(), images, CLASSES, _view)
-    assert features.cls is None
-    np.testing.assert_allclose(features.mean_patch, images.mean(axis=(1, 2)) / 255, rtol=1e-5)
+    features = extract(_Fake(), _batches(images), 11, {"cls", "mean_patch"})
+    assert set(features) == {"mean_patch"}
+    np.testing.assert_allclose(features["mean_patch"], images.mean(axis=(1, 2)) / 255, rtol=1e-5)
 
 
 def test_diverged_weights_and_no_images_are_errors(images: np.ndarray) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
-        extract(_Fake(bad=True), images, CLASSES, _view)
+        extract(_Fake(bad=True), _batches(images), 11, {"mean_patch"})
     with pytest.raises(ValueError, match="no images"):
-        extract(_Fake(), images[:0], CLASSES[:0], _view)
+        extract(_Fake(), [], 0, {"mean_patch"})
 
 
 def test_each_module_gets_its_own_mode_back() -> None:
@@ -99,13 +131,14 @@ def test_subset_is_fixed_spread_and_blind_to_periodic_order() -> None:
     assert training_subset(30, 100).tolist() == list(range(30))
 
 
-def test_correct_and_top1_by_hand() -> None:
+def test_accuracies_by_hand() -> None:
     predicted = {"a/top1": torch.tensor([0, 1, 2, 2]), "b/top1": torch.tensor([1, 1, 1, 1])}
     classes = torch.tensor([0, 1, 1, 2])
-    assert probes.correct(predicted, classes)["a/top1"].tolist() == [True, True, False, True]
-    assert dict(probes.top1(predicted, classes)) == {"a/top1": 0.75, "b/top1": 0.5}
+    first, second = accuracies(predicted, classes)
+    assert (first.name, first.value, second.name, second.value) == ("a/top1", 0.75, "b/top1", 0.5)
+    assert first.per_image is not None and first.per_image.tolist() == [1.0, 1.0, 0.0, 1.0]
     with pytest.raises(ValueError, match="no images"):
-        list(probes.top1({}, classes[:0]))
+        list(accuracies({}, classes[:0]))
 
 
 def test_features_at() -> None:

@@ -9,8 +9,7 @@ from torch.nn import functional
 
 from trainers.config import KnnConfig
 from trainers.probes import knn
-from trainers.probes.features import Features
-from trainers.streams import Streams
+from trainers.probes.classification import Features, accuracies
 
 CLASSES = 6
 
@@ -22,6 +21,11 @@ def _features(seed: int, count: int, spread: float = 1.0) -> Features:
     # Lengths vary over two decades: only directions count.
     cls = rng.normal(centres[classes], spread) * rng.uniform(0.1, 10, (count, 1))
     return Features(torch.from_numpy(cls).float(), torch.zeros(count, 12), torch.from_numpy(classes))
+
+
+def _probe(train: Features, evaluated: Features, settings: KnnConfig) -> dict[str, float]:
+    predicted = knn.fit(train, settings, CLASSES).predict(evaluated)
+    return {score.name: score.value for score in accuracies(predicted, evaluated.classes)}
 
 
 def _brute_force(train: Features, evaluated: Features, k: int, temperature: float) -> np.ndarray:
@@ -41,13 +45,13 @@ def _brute_force(train: Features, evaluated: Features, k: int, temperature: floa
 def test_equals_brute_force(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     train, evaluated = _features(0, 150, spread=2), _features(1, 40, spread=2)
     settings = KnnConfig(k=(1, 5, 20, 100), temperature=temperature)
-    predicted = knn.predictions(train, evaluated, settings, Streams(0), CLASSES)
+    predicted = knn.fit(train, settings, CLASSES).predict(evaluated)
     assert list(predicted) == ["knn/k1/top1", "knn/k5/top1", "knn/top1", "knn/k100/top1"]
     for k, ours in zip(settings.k, predicted.values(), strict=True):
         np.testing.assert_array_equal(ours, _brute_force(train, evaluated, k, temperature))
     assert len({tuple(ours.tolist()) for ours in predicted.values()}) >= 3  # the cases tell the k apart
     monkeypatch.setattr(knn, "_CHUNK", 7)
-    chunked = knn.predictions(train, evaluated, settings, Streams(0), CLASSES)
+    chunked = knn.fit(train, settings, CLASSES).predict(evaluated)
     assert all(torch.equal(chunked[name], predicted[name]) for name in predicted)
 
 
@@ -69,20 +73,20 @@ def test_planted_code_and_chance() -> None:
     half = torch.arange(600)
     for cls, low, high in ((code, 1.0, 1.0), (noise, 1 / 6 - 0.06, 1 / 6 + 0.06)):
         whole = Features(cls, cls, classes)
-        scores = dict(knn.probe(whole.at(half), whole.at(half + 600), KnnConfig(), Streams(0), CLASSES))
+        scores = _probe(whole.at(half), whole.at(half + 600), KnnConfig())
         assert list(scores) == ["knn/k10/top1", "knn/top1", "knn/k100/top1", "knn/k200/top1"]
         assert all(low <= score <= high for score in scores.values())
 
 
 def test_k_beyond_the_training_set_is_absent() -> None:
     train, evaluated = _features(0, 20), _features(1, 9)
-    assert list(dict(knn.probe(train, evaluated, KnnConfig(), Streams(0), CLASSES))) == ["knn/k10/top1", "knn/top1"]
-    assert dict(knn.probe(train, evaluated, KnnConfig(k=(21,)), Streams(0), CLASSES)) == {}
+    assert list(_probe(train, evaluated, KnnConfig())) == ["knn/k10/top1", "knn/top1"]
+    assert _probe(train, evaluated, KnnConfig(k=(21,))) == {}
 
 
 def test_without_class_token_the_mean_patch_is_the_feature() -> None:
     train, evaluated = _features(0, 100, spread=0.3), _features(1, 30, spread=0.3)
     patches = [Features(None, part.cls, part.classes) for part in (train, evaluated)]
-    expected = knn.predictions(train, evaluated, KnnConfig(), Streams(0), CLASSES)
-    ours = knn.predictions(*patches, KnnConfig(), Streams(0), CLASSES)
+    expected = knn.fit(train, KnnConfig(), CLASSES).predict(evaluated)
+    ours = knn.fit(patches[0], KnnConfig(), CLASSES).predict(patches[1])
     assert all(torch.equal(ours[name], expected[name]) for name in expected)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from trainers.config import LinearConfig
 from trainers.probes import linear
-from trainers.probes.features import Features
+from trainers.probes.classification import Features, accuracies
 from trainers.streams import Streams
 
 CLASSES = 5
@@ -29,6 +29,13 @@ def _random(seed: int, count: int) -> Features:
     rng = np.random.default_rng(seed)
     parts = (torch.from_numpy(rng.normal(0, 1, (count, 16))).float() for _ in range(2))
     return Features(*parts, torch.from_numpy(rng.integers(0, CLASSES, count)))
+
+
+def _probe(
+    train: Features, evaluated: Features, settings: LinearConfig, streams: Streams, num_classes: int
+) -> dict[str, float]:
+    predicted = linear.fit(train, settings, streams, num_classes).predict(evaluated)
+    return {score.name: score.value for score in accuracies(predicted, evaluated.classes)}
 
 
 def test_all_heads_at_once_equal_torch_sgd_one_by_one() -> None:
@@ -54,7 +61,7 @@ def test_all_heads_at_once_equal_torch_sgd_one_by_one() -> None:
 
 def test_near_logistic_regression_on_an_easy_set() -> None:
     train, evaluated = _blobs(0, 2_000, spread=1.2), _blobs(1, 2_000, spread=1.2)
-    ours = dict(linear.probe(train, evaluated, LinearConfig(), Streams(0), CLASSES))
+    ours = _probe(train, evaluated, LinearConfig(), Streams(0), CLASSES)
     for name, inputs in (
         ("linear/top1", lambda f: f.cls),
         ("linear_mean_patch/top1", lambda f: torch.cat([f.cls, f.mean_patch], dim=1)),
@@ -71,7 +78,7 @@ def test_code_planted_in_the_class_token() -> None:
         noise = _random(seed, 600)
         return Features(functional.one_hot(noise.classes, 16).float() * 4, noise.mean_patch, noise.classes)
 
-    scores = dict(linear.probe(planted(0), planted(1), LinearConfig(), Streams(0), CLASSES))
+    scores = _probe(planted(0), planted(1), LinearConfig(), Streams(0), CLASSES)
     assert scores == {"linear/top1": 1.0, "linear_mean_patch/top1": 1.0}
 
 
@@ -80,13 +87,13 @@ def test_code_planted_in_the_patches_alone_is_seen_by_their_family_alone() -> No
         noise = _random(seed, 3_000)
         return Features(noise.cls, functional.one_hot(noise.classes, 16).float() * 4, noise.classes)
 
-    scores = dict(linear.probe(planted(0), planted(1), LinearConfig(), Streams(0), CLASSES))
+    scores = _probe(planted(0), planted(1), LinearConfig(), Streams(0), CLASSES)
     assert scores["linear_mean_patch/top1"] == 1.0
     assert scores["linear/top1"] == pytest.approx(0.2, abs=0.03)  # chance; four standard errors are 0.029
 
 
 def test_random_features_are_at_chance() -> None:
-    scores = dict(linear.probe(_random(0, 2_000), _random(1, 4_000), LinearConfig(), Streams(0), CLASSES))
+    scores = _probe(_random(0, 2_000), _random(1, 4_000), LinearConfig(), Streams(0), CLASSES)
     assert list(scores.values()) == pytest.approx([0.2, 0.2], abs=0.026)
 
 
@@ -102,7 +109,7 @@ def test_same_bits_again_and_after_other_draws_but_not_for_another_seed() -> Non
     for family, head in first.heads.items():
         assert torch.equal(head.weight, again.heads[family].weight)
         assert not torch.equal(head.weight, other.heads[family].weight)
-    ours, theirs = first.predict(evaluated), linear.predictions(train, evaluated, settings, streams, CLASSES)
+    ours, theirs = first.predict(evaluated), linear.fit(train, settings, streams, CLASSES).predict(evaluated)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert ours["linear/top1"].dtype == torch.int64 and ours["linear/top1"].shape == (100,)
 
@@ -113,7 +120,7 @@ def test_evaluated_split_does_not_choose_the_learning_rate() -> None:
     chosen = linear.fit(train, settings, Streams(0), CLASSES)
     assert {head.learning_rate for head in chosen.heads.values()} == {0.03}
     mislabelled = Features(train.cls, train.mean_patch, (train.classes + 1) % CLASSES)
-    worst = dict(linear.probe(train, mislabelled, settings, Streams(0), CLASSES))
+    worst = _probe(train, mislabelled, settings, Streams(0), CLASSES)
     assert max(worst.values()) < 0.2  # choosing on the evaluated split would take the untrained head, at chance
 
 
@@ -137,7 +144,7 @@ def test_infinite_head_never_wins() -> None:
 def test_without_class_token_and_with_few_images() -> None:
     few = _blobs(0, 16)
     patches = Features(None, few.mean_patch, few.classes)
-    scores = dict(linear.probe(patches, patches, LinearConfig(steps=20), Streams(0), CLASSES))
+    scores = _probe(patches, patches, LinearConfig(steps=20), Streams(0), CLASSES)
     assert list(scores) == ["linear_mean_patch/top1"]
     with pytest.raises(ValueError, match="at least two"):
         linear.fit(few.at(torch.tensor([0])), LinearConfig(), Streams(0), CLASSES)

@@ -22,7 +22,7 @@ from trainers import vit
 from trainers.attention import SINKS
 from trainers.config import resolve
 from trainers.measurement import Arrays, Finding, Picture, Statistic, Subject
-from trainers.probes.fitted import FittedProbes
+from trainers.probes.fitted import FittedProbes, _Views
 from trainers.streams import Streams
 from trainers.tokens import attention
 from trainers.tokens.attention import divergence, group_keys
@@ -358,7 +358,9 @@ def test_attention_over_other_tokens_is_said() -> None:
 
 def test_fitted_probes_alone_are_not_the_end_of_a_trial() -> None:
     looked_at = subject(given(), numbered(5, 32))
-    fitted = dataclasses.replace(looked_at, fitted=FittedProbes(looked_at.probes, []))
+    fitted = dataclasses.replace(
+        looked_at, fitted=FittedProbes(looked_at.probes, [], _Views(looked_at.probes, looked_at.backbone))
+    )
     assert not any(isinstance(finding, Arrays | Picture) for finding in attention.measure(fitted, None))
     variant = ended(looked_at).with_backbone(given())
     assert not any(isinstance(finding, Arrays | Picture) for finding in attention.measure(variant, None))

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainers import catalog
-from trainers.config import DataConfig, ExecutionConfig
+from trainers.config import DataConfig, ExecutionConfig, TrialConfig
 from trainers.dotted import load
 
 if TYPE_CHECKING:
@@ -100,6 +100,27 @@ def open_data(
             f"data.train {config.train!r} gave {type(source).__name__}; needed: trainers.data.cache.Source"
         )
     return open_source(source, cache, progress or _quiet)
+
+
+def open_evaluation_sets(config: TrialConfig, cache: Path, progress: Progress | None = None) -> dict[str, DataSet]:
+    """The data sets that only probes run on, by the names by which probes name them.
+
+    Each is opened with its own defaults; `data.seed`, `data.validation_fraction` and `data.max_unreadable` are the
+    trial's.
+
+    Raises:
+        ValueError: as `open_data`.
+    """
+    assert isinstance(config.model.image_size, int), "the configuration is not resolved"
+    sections = (getattr(config.evaluation, probe, None) for probe in config.evaluation.probes)
+    names = dict.fromkeys(name for section in sections for name in getattr(section, "data", ()))
+    shared = ("seed", "validation_fraction", "max_unreadable")
+    opened = {}
+    for name in names:
+        entry, logical = catalog.evaluation_set(name)
+        given = {"train": entry, "name": logical, **{field: getattr(config.data, field) for field in shared}}
+        opened[name] = open_data(DataConfig(**given), config.execution, config.model.image_size, cache, progress)
+    return opened
 
 
 def _quiet(*_: object) -> None:

@@ -1,40 +1,67 @@
-"""Downstream metrics on the frozen backbone; every probe file yields (name, value) from per-image predictions.
+"""The seam of probes: downstream metrics on the frozen backbone, each a file that yields (name, value).
 
-A probe file has `fit(train, settings, streams, num_classes)`, whose result predicts the classes of any `Features`
-under the names of its metrics, and `probe(train, evaluated, settings, streams, num_classes)`, which yields accuracies.
-Shapes: n images, D width, C classes, K heads.
+`trainers.catalog.PROBES` lists the classes; a user's own is named by a dotted path. Each is called as
+`Class(settings, context)`, where `settings` is its section of `evaluation` (None for a user's own), and has `reads` and
+`fit` as `Probe` says. Names begin with the probe's own, such as `linear/top1`; `val/` or `test/` is put before them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import nn
 
-from trainers.probes.features import Features
+from trainers.findings import Arrays, Picture, Score
+from trainers.probes.seen import SeenSplit
+from trainers.streams import Streams
 
 
-class Predictor(Protocol):
-    """A fitted probe."""
+@dataclass(frozen=True)
+class Context:
+    """What a probe may know of its trial besides its settings.
 
-    def predict(self, evaluated: Features) -> dict[str, Tensor]:
-        """Predicted classes, int64 [n], under the name of each metric."""
+    Attributes:
+        streams: for draws; take fresh generators from `streams.seed_for`, so that training draws the same.
+        method: of the trial, whose text tower zero-shot classification asks; None where there is none.
+        name: of the method.
+    """
+
+    streams: Streams
+    method: nn.Module | None
+    name: str
+
+
+class Fitted(Protocol):
+    """What a probe has learned."""
+
+    def score(self, seen: SeenSplit) -> Iterator[Score | Arrays | Picture]:
+        """Metrics of a split as a backbone sees it; it may be another backbone than it was fitted on.
+
+        Arrays and pictures are kept of the test set at the end of a trial.
+
+        Raises:
+            FloatingPointError: tokens are NaN or infinite.
+        """
         ...
 
 
-def correct(predicted: Mapping[str, Tensor], classes: Tensor) -> dict[str, Tensor]:
-    """Which images are classified correctly, bool [n] on the CPU, under the name of each metric."""
-    return {name: (prediction == classes).cpu() for name, prediction in predicted.items()}
+class Probe(Protocol):
+    """A probe before it has learned.
 
-
-def top1(predicted: Mapping[str, Tensor], classes: Tensor) -> Iterator[tuple[str, float]]:
-    """(name, fraction of images that are classified correctly) of each metric.
-
-    Raises:
-        ValueError: there are no images.
+    Attributes:
+        reads: which of trainers.probes.features.READS it takes from `SeenSplit.features`; none where it makes passes
+            of its own.
+        transfers: whether what is fitted on the first of several data sets serves all of them.
     """
-    if not len(classes):
-        raise ValueError("there are no images to evaluate on")
-    for name, right in correct(predicted, classes).items():
-        yield name, int(right.sum()) / len(right)
+
+    reads: frozenset[str]
+    transfers: bool
+
+    def fit(self, train: SeenSplit, validation: SeenSplit) -> Fitted:
+        """Learn from training images; validation may serve to choose. What is not looked at is never computed.
+
+        The result depends on what is seen, the settings and the seed alone, not on what was drawn before.
+        """
+        ...

@@ -1,69 +1,141 @@
-"""The probes that a trial names, fitted once on training images and scored on any backbone and split."""
+"""The probes of a trial: fitted on a backbone, and then asked about it or about others that were derived from it."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from trainers import catalog, probes
-from trainers.augment import evaluation_view
+from trainers import catalog
 from trainers.config import EvaluationConfig, ModelConfig
 from trainers.data import DataSet
-from trainers.dotted import Loaded, load
-from trainers.probes import Predictor
-from trainers.probes.features import Features, extract, training_subset
-from trainers.streams import Streams
+from trainers.dotted import load
+from trainers.findings import Arrays, Picture, Score
+from trainers.probes import Context, Fitted, Probe
+from trainers.probes.features import training_subset
+from trainers.probes.seen import SeenSplit
 
 PREFIXES = {"validation": "val", "test": "test"}  # of metrics, by split
+OWN = ""  # the name of the trial's own data set among those that probes run on
+
+_OUTLIER_READS = frozenset({"norms"})
 
 
 class Scores(NamedTuple):
-    """Of one split: `val/…` or `test/…` accuracies, and which images are right, bool [n], under the same names."""
+    """Of one split: metrics `val/…` or `test/…`; what they are image by image, [n], under the same names; files."""
 
     metrics: dict[str, float]
-    correct: dict[str, Tensor]
+    per_image: dict[str, NDArray[np.floating]]
+    files: list[Arrays | Picture]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One probe on one data set."""
+
+    name: str  # of the probe
+    probe: Probe
+    data: str  # name among the data sets; OWN for the trial's own
+    first: bool  # whether its metrics have the short names
+    at_end: bool  # whether it runs at the end of a trial alone
 
 
 class Probes:
-    """The probes of `evaluation.probes` on one data set, always on the same images."""
+    """The probes of `evaluation.probes`, always on the same images.
+
+    Args:
+        settings: which probes, and theirs.
+        data: the trial's data set.
+        model: the backbone's settings.
+        context: what probes may know of the trial.
+        device: where backbones are.
+        others: further data sets, by the names by which probes name them.
+        norm_layer: `tokens.outlier_layer`, whose norms are kept of test images.
+        scratch: folder for features that are too large for memory.
+    """
 
     def __init__(
-        self, settings: EvaluationConfig, data: DataSet, model: ModelConfig, streams: Streams, device: torch.device
+        self,
+        settings: EvaluationConfig,
+        data: DataSet,
+        model: ModelConfig,
+        context: Context,
+        device: torch.device,
+        *,
+        others: Mapping[str, DataSet] | None = None,
+        norm_layer: int = -1,
+        scratch: Path | None = None,
     ) -> None:
-        self._settings, self._data, self._streams, self._device = settings, data, streams, device
-        assert isinstance(model.image_size, int), "the configuration is not resolved"
-        self._view: Callable[[Tensor], Tensor] = functools.partial(
-            evaluation_view, image_size=model.image_size, normalization=model.normalization
+        self._settings, self._model, self._device = settings, model, device
+        self._data: dict[str, DataSet] = {OWN: data, **(others or {})}
+        self._norm_layer, self._scratch = norm_layer, scratch
+        self.parts = list(self._parts(context))
+
+    def _parts(self, context: Context) -> Iterator[Part]:
+        for name in self._settings.probes:
+            build = load(catalog.PROBES[name].build if name in catalog.PROBES else name)
+            settings = getattr(self._settings, name, None)
+            at_end = getattr(settings, "at", "every") == "end"
+            for number, data in enumerate(getattr(settings, "data", ()) or (OWN,)):
+                yield Part(name, cast(Probe, build(settings, context)), data, number == 0, at_end)
+
+    def fit(self, backbone: nn.Module, *, at_end: bool = False) -> FittedProbes:
+        """Probes that have learned from training images; those of the end of a trial only `at_end`.
+
+        What no probe looks at is not computed.
+        """
+        seen = _Views(self, backbone)
+        fitted: list[tuple[Part, Fitted]] = []
+        for part in self.parts:
+            if part.at_end and not at_end:
+                continue
+            first = [known for other, known in fitted if other.name == part.name]
+            if part.probe.transfers and first:
+                fitted.append((part, first[0]))
+            else:
+                fitted.append(
+                    (part, part.probe.fit(seen.split(part.data, "train"), seen.split(part.data, "validation")))
+                )
+        return FittedProbes(self, fitted, seen)
+
+    def see(self, backbone: nn.Module, data: str, split: str) -> SeenSplit:
+        """A split of one of the data sets; of training images those that probes learn from."""
+        opened = self._data[data]
+        count = len(getattr(opened, split))
+        reads = frozenset[str]().union(*(part.probe.reads for part in self.parts if part.data == data))
+        if (data, split) == (OWN, "test") and reads:
+            reads |= _OUTLIER_READS
+        return SeenSplit(
+            backbone,
+            self._model,
+            opened,
+            split,
+            training_subset(count, self._settings.train_images) if split == "train" else np.arange(count),
+            self._device,
+            reads,
+            self._norm_layer,
+            self._scratch,
         )
 
-    def fit(self, backbone: nn.Module) -> FittedProbes:
-        """Probes that have learned from features of training images; without probes no image is looked at."""
-        if not self._settings.probes:
-            return FittedProbes(self, [])
-        subset = training_subset(len(self._data.train), self._settings.train_images)
-        train, classes = self.features(backbone, "train", subset), len(self._data.class_names)
-        fitted = [
-            cast(Predictor, fit(train, getattr(self._settings, name, None), self._streams, classes))
-            for name, fit in self._fits()
-        ]
-        return FittedProbes(self, fitted)
 
-    def features(self, backbone: nn.Module, split: str, indices: NDArray[np.int64] | None = None) -> Features:
-        """Features of a split's images, or of those at `indices`."""
-        part = getattr(self._data, split)
-        classes = np.asarray(part.targets["classes"])
-        return extract(backbone, part.images, classes, self._view, device=self._device, indices=indices)
+class _Views:
+    """The splits as one backbone sees them; each is extracted at most once."""
 
-    def _fits(self) -> Iterator[tuple[str, Loaded]]:
-        for name in self._settings.probes:
-            yield name, load(catalog.PROBES[name].build if name in catalog.PROBES else name)
+    def __init__(self, probes: Probes, backbone: nn.Module) -> None:
+        self._probes, self.backbone = probes, backbone
+        self._seen: dict[tuple[str, str], SeenSplit] = {}
+
+    def split(self, data: str, split: str) -> SeenSplit:
+        """A split as this backbone sees it."""
+        if (data, split) not in self._seen:
+            self._seen[data, split] = self._probes.see(self.backbone, data, split)
+        return self._seen[data, split]
 
 
 @dataclass(frozen=True)
@@ -71,17 +143,44 @@ class FittedProbes:
     """Probes that have learned, which can be asked about other backbones than they have learned from."""
 
     probes: Probes
-    fitted: list[Predictor]
+    fitted: list[tuple[Part, Fitted]]
+    seen: _Views
+
+    @property
+    def quick(self) -> FittedProbes:
+        """Those that run at every evaluation."""
+        return replace(self, fitted=[(part, fitted) for part, fitted in self.fitted if not part.at_end])
 
     def score(self, backbone: nn.Module, split: str) -> Scores:
-        """Accuracies on `split`, "validation" or "test", whose features are those of `backbone`."""
-        if not self.fitted:
-            return Scores({}, {})
-        features = self.probes.features(backbone, split)
-        predicted: dict[str, Tensor] = {}
-        for probe in self.fitted:
-            predicted |= probe.predict(features)
-        prefix = PREFIXES[split]
-        metrics = {f"{prefix}/{name}": value for name, value in probes.top1(predicted, features.classes)}
-        right = probes.correct(predicted, features.classes)
-        return Scores(metrics, {f"{prefix}/{name}": values for name, values in right.items()})
+        """Metrics on `split`, "validation" or "test", as `backbone` sees it."""
+        seen = self.seen if backbone is self.seen.backbone else _Views(self.probes, backbone)
+        scores = Scores({}, {}, [])
+        for part, fitted in self.fitted:
+            for score in fitted.score(seen.split(part.data, split)):
+                if not isinstance(score, Score):
+                    scores.files.append(score._replace(name=_file_name(score.name, part)))
+                    continue
+                name = f"{PREFIXES[split]}/{_named(score, part)}"
+                if name in scores.metrics:
+                    raise ValueError(f"probe {part.name} gives the metric {name}, which another probe gives too")
+                scores.metrics[name] = float(score.value)
+                if score.per_image is not None:
+                    scores.per_image[name] = score.per_image
+        return scores
+
+    def patch_norms(self) -> NDArray[np.float32] | None:
+        """Norms [n, N] of the test images' patches at the outlier layer; None where no probe looked at them."""
+        norms = self.seen.split(OWN, "test").features.get("norms") if self.fitted else None
+        return None if norms is None else norms.cpu().numpy()
+
+
+def _file_name(name: str, part: Part) -> str:
+    return name if part.first else f"{name}_{part.data.rpartition('/')[2].rpartition(':')[2]}"
+
+
+def _named(score: Score, part: Part) -> str:
+    """The metric's name; of further data sets with theirs after that of the probe."""
+    if part.first:
+        return score.name
+    family, _, rest = score.name.partition("/")
+    return f"{family}/{part.data.rpartition('/')[2].rpartition(':')[2]}/{rest}"

@@ -14,12 +14,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainers.config import KnnConfig
-from trainers.probes import top1
-from trainers.probes.features import Features
-from trainers.streams import Streams
+from trainers.findings import Score
+from trainers.probes import Context, classification
+from trainers.probes.classification import Features
+from trainers.probes.seen import SeenSplit
 
 _MAIN_K = 20  # "20 is usually working the best" (official help text): its metric has the short name
 _CHUNK = 512  # images whose similarities to all training images are held at a time
+
+
+class Knn:
+    """The probe `knn`: see trainers.probes.Probe. A k larger than the training set is absent."""
+
+    reads = frozenset({"cls", "mean_patch"})
+    transfers = False
+
+    def __init__(self, settings: KnnConfig, context: Context) -> None:
+        self._settings = settings
+
+    def fit(self, train: SeenSplit, validation: SeenSplit) -> KnnProbe:
+        """Nothing is learnt or drawn."""
+        return fit(classification.features(train), self._settings, len(train.data.class_names))
 
 
 @dataclass(frozen=True)
@@ -40,27 +55,18 @@ class KnnProbe:
         chunks = [self._votes(part) for part in torch.split(_unit(evaluated), _CHUNK)]
         return {_name(k): torch.cat([votes[k].argmax(dim=1) for votes in chunks]) for k in self.ks}
 
+    def score(self, seen: SeenSplit) -> Iterator[Score]:
+        """Top-1 accuracies under the names that `predict` gives."""
+        evaluated = classification.features(seen)
+        yield from classification.accuracies(self.predict(evaluated), evaluated.classes)
+
     def _votes(self, queries: Tensor) -> dict[int, Tensor]:
         similarity, index = (queries @ self.features.T).topk(max(self.ks), dim=1)
         return votes(similarity, self.classes[index], self.ks, self.temperature, self.num_classes)
 
 
-def probe(
-    train: Features, evaluated: Features, settings: KnnConfig, streams: Streams, num_classes: int
-) -> Iterator[tuple[str, float]]:
-    """(name, top-1 accuracy on `evaluated`) for every k; a k larger than the training set is absent."""
-    yield from top1(predictions(train, evaluated, settings, streams, num_classes), evaluated.classes)
-
-
-def predictions(
-    train: Features, evaluated: Features, settings: KnnConfig, streams: Streams, num_classes: int
-) -> dict[str, Tensor]:
-    """The predicted classes behind `probe`, int64 [n], under the name of each metric."""
-    return fit(train, settings, streams, num_classes).predict(evaluated)
-
-
 @torch.no_grad()
-def fit(train: Features, settings: KnnConfig, streams: Streams, num_classes: int) -> KnnProbe:
+def fit(train: Features, settings: KnnConfig, num_classes: int) -> KnnProbe:
     """Nothing is learnt or drawn: the training features, normalised."""
     ks = tuple(k for k in settings.k if k <= len(train))
     return KnnProbe(_unit(train), train.classes, ks, settings.temperature, num_classes)

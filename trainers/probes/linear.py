@@ -19,8 +19,10 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from trainers.config import LinearConfig
-from trainers.probes import top1
-from trainers.probes.features import Features
+from trainers.findings import Score
+from trainers.probes import Context, classification
+from trainers.probes.classification import Features
+from trainers.probes.seen import SeenSplit
 from trainers.streams import Streams
 
 MOMENTUM = 0.9
@@ -38,6 +40,20 @@ class Head:
     weight: Tensor  # float32 [F, C]
     bias: Tensor  # float32 [C]
     learning_rate: float  # per 256 images
+
+
+class Linear:
+    """The probe `linear`: see trainers.probes.Probe."""
+
+    reads = frozenset({"cls", "mean_patch"})
+    transfers = False
+
+    def __init__(self, settings: LinearConfig, context: Context) -> None:
+        self._settings, self._streams = settings, context.streams
+
+    def fit(self, train: SeenSplit, validation: SeenSplit) -> LinearProbe:
+        """All heads, of which the best of each family are kept."""
+        return fit(classification.features(train), self._settings, self._streams, len(train.data.class_names))
 
 
 @dataclass(frozen=True)
@@ -60,19 +76,10 @@ class LinearProbe:
             for family, head in self.heads.items()
         }
 
-
-def probe(
-    train: Features, evaluated: Features, settings: LinearConfig, streams: Streams, num_classes: int
-) -> Iterator[tuple[str, float]]:
-    """(name, top-1 accuracy on `evaluated`) of both families, trained on `train`."""
-    yield from top1(predictions(train, evaluated, settings, streams, num_classes), evaluated.classes)
-
-
-def predictions(
-    train: Features, evaluated: Features, settings: LinearConfig, streams: Streams, num_classes: int
-) -> dict[str, Tensor]:
-    """The predicted classes behind `probe`, int64 [n], under the name of each metric."""
-    return fit(train, settings, streams, num_classes).predict(evaluated)
+    def score(self, seen: SeenSplit) -> Iterator[Score]:
+        """Top-1 accuracies under the names that `predict` gives."""
+        evaluated = classification.features(seen)
+        yield from classification.accuracies(self.predict(evaluated), evaluated.classes)
 
 
 @torch.no_grad()
