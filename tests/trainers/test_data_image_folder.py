@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from tests.trainers.runs import run
 from trainers.config import DataConfig, ExecutionConfig, identity, resolve
 from trainers.data import SPLITS, DataSet, open_data
-from trainers.data.image_folder import build, decode
+from trainers.data.image_folder import build
+from trainers.data.pictures import decode
 from trainers.tokens import table as token_table
 
 SIDE = 8
@@ -241,7 +242,7 @@ def test_padding_shows_all_of_the_picture(
     width, height = size
     noise = np.random.default_rng(0).integers(50, 256, (height, width, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
-    pixels, found = decode(tmp_path / "a.png", 16, "pad")
+    pixels, found, _ = decode(tmp_path / "a.png", 16, "pad")
     assert (found.dtype, tuple(found)) == (np.float32, content)
     x0, y0, x1, y1 = content
     reference = Image.fromarray(noise).resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC)

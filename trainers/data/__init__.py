@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,22 @@ if TYPE_CHECKING:
     from trainers.data.cache import Source
 
 SPLITS = ("train", "validation", "test")
+IGNORED = 255  # in "segmentation": pixels that count neither in training nor in testing
+
+_PER_PIXEL = ("segmentation", "depth")
 
 Progress = Callable[[str, int, int], None]  # what is done, how many are done, how many there are (0: not known)
+
+
+class Whole(NamedTuple):
+    """An image at its own size, uint8 [H, W, 3], and what belongs to it there.
+
+    Targets are "segmentation" uint8 [H, W], "depth" float32 [H, W] in metres, 0 where it is not known, and "boxes"
+    float32 [K, 5] in px.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    targets: Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -29,16 +43,35 @@ class Split:
     Attributes:
         images: uint8 [n, S, S, 3], RGB.
         targets: by what `trainers.catalog.PROVISIONS` calls them. "classes": int64 [n]. "segmentation": uint8
-            [n, S, S], 0 is background and 1 + c is class c. "depth": float16 [n, S, S], metres. "boxes": float32
+            [n, S, S], numbers of the data set's `segmentation_names`, IGNORED for pixels that do not count. "depth":
+            float16 [n, S, S], metres, 0 where it is not known. "boxes": float32
             [n, K, 5] as x0, y0, x1, y1 in px (x1 and y1 exclusive) and class, rows of NaN where an image has fewer
             than K objects, the largest object first. "captions": a sequence of n strings. Besides, where images are
             padded, "content": float32 [n, 4], x0, y0, x1, y1 in px (x1 and y1 exclusive) of what is no padding.
-        paths: of an image folder, relative to its root; None elsewhere.
+        paths: references of the files, relative to the root; None where there are none.
+        open_whole: gives an image at its own size by its path; None where the squares are all there is.
     """
 
     images: npt.NDArray[np.uint8]
     targets: Mapping[str, Any]
     paths: Sequence[str] | None = None
+    open_whole: Callable[[str], Whole] | None = None
+
+    def whole(self, index: int) -> Whole:
+        """Image `index` at its own size; the square where there is nothing else.
+
+        Raises:
+            Exception: what decoders raise, where the file has changed since it was cached.
+        """
+        if self.open_whole is not None and self.paths is not None:
+            return self.open_whole(self.paths[index])
+        targets = {name: np.asarray(self.targets[name][index]) for name in _PER_PIXEL if name in self.targets}
+        if "depth" in targets:
+            targets["depth"] = targets["depth"].astype(np.float32)
+        if "boxes" in self.targets:
+            boxes = np.asarray(self.targets["boxes"][index])
+            targets["boxes"] = boxes[~np.isnan(boxes).any(axis=1)]
+        return Whole(np.asarray(self.images[index]), targets)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -52,6 +85,10 @@ class DataSet:
         provides: the names of the targets that every split has.
         fingerprint: 16 hexadecimal digits of a SHA-256 over pixels and targets of all splits, not over names of files.
         unreadable: files that could not be decoded and were left out, relative to the root.
+        segmentation_names: of the classes of "segmentation".
+        templates: texts with {} for a class's name, by which images are compared with texts.
+        max_depth: in metres, beyond which "depth" does not count; None without depth.
+        protocol_splits: those on which object discovery is reported in the literature.
     """
 
     name: str
@@ -62,6 +99,10 @@ class DataSet:
     test: Split
     fingerprint: str
     unreadable: tuple[str, ...] = ()
+    segmentation_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    max_depth: float | None = None
+    protocol_splits: tuple[str, ...] = ("test",)
 
 
 # What the catalog's `build`, or a user's own by dotted path, has to be: called as

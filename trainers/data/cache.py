@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from trainers import catalog
-from trainers.data import SPLITS, DataSet, Progress, Split
+from trainers.data import SPLITS, DataSet, Progress, Split, Whole
 from trainers.data.rows import Array, RowStream, Texts
 from trainers.files import sync_folder
 
@@ -42,6 +43,8 @@ class Source:
         write: decodes everything into the writer, telling the progress.
         candidates: images that will be tried, where some may be unreadable.
         max_unreadable: fraction of the candidates that may be.
+        whole: gives an image at its own size by split and path; None where the squares are all there is.
+        segmentation_names, templates, max_depth, protocol_splits: as trainers.data.DataSet has them.
     """
 
     name: str
@@ -50,6 +53,11 @@ class Source:
     write: Callable[[Writer, Progress], None]
     candidates: int = 0
     max_unreadable: float = 0.0
+    whole: Callable[[str, str], Whole] | None = None
+    segmentation_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    max_depth: float | None = None
+    protocol_splits: tuple[str, ...] = ("test",)
 
     @property
     def folder_name(self) -> str:
@@ -131,7 +139,7 @@ class Writer:
             raise TooManyUnreadable
         names = [{n.partition(".")[2] for n in self._streams if n.startswith(f"{split}.")} for split in SPLITS]
         for split, found in zip(SPLITS, names, strict=True):
-            if not {"images", "classes"} <= found:
+            if "images" not in found:
                 raise ValueError(f"data set {self._source.name!r} has no images left for its {split} split")
             if found != names[0]:
                 raise ValueError(
@@ -212,7 +220,7 @@ def _opened(source: Source, folder: Path) -> DataSet | None:
         for name, size in meta["files"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} does not have its {size:,} bytes")
-        splits = {split: _opened_split(folder, split, meta["files"]) for split in SPLITS}
+        splits = {split: _opened_split(source, folder, split, meta["files"]) for split in SPLITS}
         fingerprint, unreadable = str(meta["fingerprint"]), tuple(meta["unreadable"])
     except FileNotFoundError as error:
         if folder.exists():
@@ -222,10 +230,23 @@ def _opened(source: Source, folder: Path) -> DataSet | None:
         logger.warning("%s is damaged (%s) and is built again", folder, error)
         return None
     provides = tuple(name for name in catalog.PROVISIONS if name in splits["train"].targets)
-    return DataSet(source.name, source.class_names, provides, fingerprint=fingerprint, unreadable=unreadable, **splits)
+    return DataSet(
+        source.name,
+        source.class_names,
+        provides,
+        splits["train"],
+        splits["validation"],
+        splits["test"],
+        fingerprint,
+        unreadable,
+        segmentation_names=source.segmentation_names,
+        templates=source.templates,
+        max_depth=source.max_depth,
+        protocol_splits=source.protocol_splits,
+    )
 
 
-def _opened_split(folder: Path, split: str, files: Mapping[str, int]) -> Split:
+def _opened_split(source: Source, folder: Path, split: str, files: Mapping[str, int]) -> Split:
     arrays: dict[str, Any] = {}
     for file in files:
         if file.startswith(f"{split}.") and file.endswith(".npy"):
@@ -233,7 +254,8 @@ def _opened_split(folder: Path, split: str, files: Mapping[str, int]) -> Split:
             arrays[file[len(split) + 1 : -4]] = np.asarray(np.load(folder / file, mmap_mode="r", allow_pickle=False))
     for name in [name.removesuffix(".utf8") for name in arrays if name.endswith(".utf8")]:
         arrays[name] = Texts(arrays.pop(f"{name}.utf8"), arrays.pop(f"{name}.ends"))
-    return Split(arrays.pop("images"), paths=arrays.pop("paths", None), targets=arrays)
+    whole = None if source.whole is None else functools.partial(source.whole, split)
+    return Split(arrays.pop("images"), paths=arrays.pop("paths", None), targets=arrays, open_whole=whole)
 
 
 def _limit(source: Source) -> int:

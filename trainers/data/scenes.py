@@ -48,6 +48,7 @@ GREY, WHITE = 64.0, np.full(3, 255, np.float32)  # mean of the background and in
 STANDS_OUT = 100.0  # least difference between the luminance of a digit and the mean of its background, of 255
 BACKGROUND = (1.5, 3.0)  # distance of the background's middle, as a multiple of that of the farthest digit possible
 TILT = 0.25  # most by which the background's distance changes from its middle to its edges, of that distance
+MAX_DEPTH = 20.0  # m, beyond all that the default settings give
 _SCALES = (1.0, 1.5, 2.0, 3.0)  # shorter side of a photograph as a multiple of the image's
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -82,7 +83,16 @@ def build(config: DataConfig, execution: ExecutionConfig, side: int, cache: Path
         "scenes": settings.model_dump(mode="json"),
         "sources": {file.name: file.stat().st_size for file in sources},
     }
-    return Source(config.name or "scenes", key, tuple(str(digit) for digit in range(10)), write)
+    digits = tuple(str(digit) for digit in range(10))
+    return Source(
+        config.name or "scenes",
+        key,
+        digits,
+        write,
+        segmentation_names=("background", *digits),
+        templates=("a large {}.",),
+        max_depth=MAX_DEPTH,
+    )
 
 
 def _installed(package: str, file: str) -> Path:

@@ -1,0 +1,42 @@
+"""Where the bytes of an encoded image are: a file under the data set's root, or a part of an archive there.
+
+A reference is a string: a path relative to the root, or, for a member of an uncompressed archive,
+ARCHIVE@OFFSET+SIZE@NAME. So archives need not be unpacked, and any of their members is read without the others.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+
+_MEMBER = re.compile(r"(?P<archive>[^@]+)@(?P<offset>\d+)\+(?P<size>\d+)@(?P<name>.*)", re.DOTALL)
+
+
+def member(archive: str, offset: int, size: int, name: str) -> str:
+    """The reference to `size` bytes at `offset` of an archive whose path has no @."""
+    return f"{archive}@{offset}+{size}@{name}"
+
+
+def opened(root: Path, reference: str) -> Path | io.BytesIO:
+    """What Pillow and others open: the path of a file, or the bytes of a member.
+
+    Raises:
+        OSError: it is no file (a pipe would block), or the archive ends before the member does.
+    """
+    found = _MEMBER.fullmatch(reference)
+    path = root / (found["archive"] if found else reference)
+    if not path.is_file():
+        raise OSError("is not a file")
+    if found is None:
+        return path
+    size = int(found["size"])
+    file = os.open(path, os.O_RDONLY)
+    try:
+        content = os.pread(file, size, int(found["offset"]))
+    finally:
+        os.close(file)
+    if len(content) < size:
+        raise OSError(f"ends {size - len(content)} bytes before its member {found['name']} does")
+    return io.BytesIO(content)
