@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator import estimate, local, publish, recorder, spec, starting_points
+from orchestrator import data_sets, estimate, local, publish, recorder, spec, starting_points
 from orchestrator.attempt import TRAIN, Job
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, TrialRow
@@ -220,32 +220,16 @@ class _Run:
         """
         if self.options.address is not None:
             return {}
-        known: dict[str, str] = dict(self.ledger.meta("data") or {})
-        opened: dict[str, str] = {}
-        for trial in pending:
-            key = _data_key(trial)
-            if key not in opened:
-                opened[key] = self._open_data(trial, known.get(key))
-        self.ledger.set_meta("data", {**known, **opened})
-        return {trial.trial_id: opened[_data_key(trial)] for trial in pending}
-
-    def _open_data(self, trial: PlannedTrial, before: str | None) -> str:
-        """The fingerprint of a trial's data set, which is decoded where that was not done yet."""
-        from trainers.data import open_data
 
         def progress(what: str, done: int, total: int) -> None:
             self.stop.check()
             self.screen.data(what, done, total)
 
-        config = trial.config
-        assert isinstance(config.model.image_size, int)
-        found = open_data(config.data, config.execution, config.model.image_size, self.layout.cache, progress)
-        if before not in (None, found.fingerprint) and not self.options.accept_data_change:
-            raise ValueError(
-                f"data set {found.name}: its content has changed (fingerprint {before} before, "
-                f"{found.fingerprint} now); give it another data.name, or pass --accept-data-change"
-            )
-        return found.fingerprint
+        known: dict[str, str] = dict(self.ledger.meta("data") or {})
+        check = data_sets.DataCheck(self.layout.cache, known, self.options.accept_data_change, progress)
+        fingerprints = check.fingerprints(pending)
+        self.ledger.set_meta("data", {**known, **check.found})
+        return fingerprints
 
     @contextlib.contextmanager
     def _tracking(self) -> Iterator[Any]:
@@ -356,14 +340,6 @@ def _check_own_parts(plan: Plan) -> None:
         named |= {*config.evaluation.probes, *config.tokens.measurements}
     for path in sorted(filter(is_dotted_path, named)):
         load(path)
-
-
-def _data_key(trial: PlannedTrial) -> str:
-    """What decides the content of a trial's data, besides the files themselves."""
-    data = trial.config.data.model_dump(mode="json", exclude={"max_unreadable"})
-    if data["fit"] == "crop":  # known under this key since before there was a choice
-        del data["fit"]
-    return json.dumps([data, trial.config.model.image_size], sort_keys=True)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ ALONE = {
     "open_clip": {"trainers/methods/openclip.py", "trainers/text.py"},
     "analysis": {"orchestrator/driver.py", "orchestrator/inspect.py"},  # besides analysis itself
     "trainers": {  # of the orchestrator: planning without torch, and the bridge to training
+        "orchestrator/data_sets.py",
         "orchestrator/driver.py",
         "orchestrator/evaluate.py",
         "orchestrator/export.py",

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trainers import catalog, checkpoint, distributed, pretrained, vit, weights
 from trainers.config import TrialConfig, trial_id
-from trainers.data import open_data, open_evaluation_sets
+from trainers.data import fingerprint_of, open_data, open_evaluation_sets
 from trainers.dotted import load
 from trainers.evaluate import Evaluation
 from trainers.loader import CAPTIONS, TARGETS, Order, Reader, Shares, batches
@@ -50,7 +50,7 @@ class Result:
         status: finished, diverged, or what `should_stop` answered (stopped, interrupted).
         steps: optimiser steps done; of a diverged run the last one whose loss was known to be finite.
         images_per_second: of training alone, evaluation left out; null before the second log point.
-        evaluation: fingerprints of the data sets that only probes run on, by their names.
+        data_fingerprint: of the data set, and of those that only probes run on.
     """
 
     status: str
@@ -59,7 +59,6 @@ class Result:
     device: str
     data_fingerprint: str
     error: Mapping[str, str] | None = None
-    evaluation: Mapping[str, str] = field(default_factory=dict)
 
 
 def train(
@@ -276,22 +275,17 @@ class _Training:
         if distributed.rank() == 0:
             self._write_tokens()
         error = {"type": "Diverged", "message": message, "traceback": ""}
-        fingerprint = self.data.fingerprint
-        return Result(
-            "diverged", self._last_good, self._speed(), self.device.type, fingerprint, error, self._fingerprints()
-        )
+        return Result("diverged", self._last_good, self._speed(), self.device.type, self._fingerprint(), error)
 
     def _write_tokens(self) -> None:
         token_table.write(self.rows, self.directory / "token_norms.parquet")
         token_statistics.write(self.statistics, self.directory / "token_statistics.parquet")
 
     def _result(self, status: str) -> Result:
-        return Result(
-            status, self.step, self._speed(), self.device.type, self.data.fingerprint, evaluation=self._fingerprints()
-        )
+        return Result(status, self.step, self._speed(), self.device.type, self._fingerprint())
 
-    def _fingerprints(self) -> dict[str, str]:
-        return {name: data.fingerprint for name, data in self.others.items()}
+    def _fingerprint(self) -> str:
+        return fingerprint_of(self.data.fingerprint, {name: data.fingerprint for name, data in self.others.items()})
 
     def _speed(self) -> float | None:
         return self._images / self._seconds if self._seconds else None

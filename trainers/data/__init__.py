@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,25 +145,40 @@ def open_data(
     return open_source(source, cache, progress or _quiet)
 
 
+def evaluation_configs(config: TrialConfig) -> dict[str, DataConfig]:
+    """What the data sets are that only probes run on, by the names by which probes name them.
+
+    Each has its own defaults; `data.seed`, `data.validation_fraction` and `data.max_unreadable` are the trial's.
+    """
+    sections = (getattr(config.evaluation, probe, None) for probe in config.evaluation.probes)
+    names = dict.fromkeys(name for section in sections for name in getattr(section, "data", ()))
+    shared = {field: getattr(config.data, field) for field in ("seed", "validation_fraction", "max_unreadable")}
+    found = {}
+    for name in names:
+        entry, logical = catalog.evaluation_set(name)
+        given = {"train": entry, "name": logical, **shared} | ({} if entry == "scenes" else {"scenes": None})
+        found[name] = DataConfig.model_validate(given)
+    return found
+
+
 def open_evaluation_sets(config: TrialConfig, cache: Path, progress: Progress | None = None) -> dict[str, DataSet]:
     """The data sets that only probes run on, by the names by which probes name them.
-
-    Each is opened with its own defaults; `data.seed`, `data.validation_fraction` and `data.max_unreadable` are the
-    trial's.
 
     Raises:
         ValueError: as `open_data`.
     """
     assert isinstance(config.model.image_size, int), "the configuration is not resolved"
-    sections = (getattr(config.evaluation, probe, None) for probe in config.evaluation.probes)
-    names = dict.fromkeys(name for section in sections for name in getattr(section, "data", ()))
-    shared = ("seed", "validation_fraction", "max_unreadable")
-    opened = {}
-    for name in names:
-        entry, logical = catalog.evaluation_set(name)
-        given = {"train": entry, "name": logical, **{field: getattr(config.data, field) for field in shared}}
-        opened[name] = open_data(DataConfig(**given), config.execution, config.model.image_size, cache, progress)
-    return opened
+    return {
+        name: open_data(data, config.execution, config.model.image_size, cache, progress)
+        for name, data in evaluation_configs(config).items()
+    }
+
+
+def fingerprint_of(own: str, others: Mapping[str, str]) -> str:
+    """The fingerprint of all data of a trial: its own data set's, with those that only probes run on."""
+    if not others:
+        return own
+    return hashlib.sha256(json.dumps([own, sorted(others.items())]).encode()).hexdigest()[:16]
 
 
 def _quiet(*_: object) -> None:
