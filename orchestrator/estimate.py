@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ _TRAINING_STEP = 3  # forward, and backward at twice its cost
 _GLOBAL_CROPS = 2  # of DINO and DINOv2; the teacher sees no other
 _VOCABULARY = 49_408  # tokens of open_clip's own tokeniser
 _ACTIVATION_BYTES = 34  # per token, width and block in 16 bits, attention not kept (Korthikanti et al. 2022, eq. 1)
+_DEPTH_CROP = (416, 544)  # px, of DINOv2's training for NYU depth
 _EVALUATED = 64  # images in a forward pass of an evaluation
 _INPUT_BYTES = 2  # of these the block's input, which is all that activation checkpointing keeps
 
@@ -152,7 +154,31 @@ def trial_flops(config: TrialConfig) -> float:
     training = training_flops(config) * config.optim.steps * config.optim.batch_size
     evaluation = config.evaluation
     images = config.tokens.probe_images + (evaluation.train_images if evaluation.probes else 0)
-    return training + (evaluation.points * images + _measured_images(config)) * _forward(config)
+    return training + (evaluation.points * images + _measured_images(config)) * _forward(config) + _probed_flops(config)
+
+
+def _probed_flops(config: TrialConfig) -> float:
+    """Forward passes of probes that see other views of images at each of their steps, once, at the end of a trial.
+
+    Those on evaluated images are left out, whose number is not known here.
+    """
+    linear, segmentation, depth = (getattr(config.evaluation, name) for name in ("linear", "segmentation", "depth"))
+    flops = 0.0
+    if linear is not None and linear.crops:
+        flops += linear.steps * linear.batch_size * _forward(config)
+    if segmentation is not None and segmentation.whole:
+        side = segmentation.side or config.model.image_size
+        flops += segmentation.steps * segmentation.batch_size * _forward_of(config, side, side)
+    if depth is not None and depth.whole:
+        flops += depth.steps * depth.batch_size * _forward_of(config, *_DEPTH_CROP)
+    return flops
+
+
+def _forward_of(config: TrialConfig, height: int, width: int) -> float:
+    """Forward pass of an image of other sides in px, padded to whole patches."""
+    model = config.model
+    patches = math.ceil(height / model.patch_size) * math.ceil(width / model.patch_size)
+    return forward_flops(MODEL_SIZES[model.size], patches, model.num_registers, model.patch_size, num_classes=0)
 
 
 def _measured_images(config: TrialConfig) -> int:

@@ -51,6 +51,18 @@ def test_parameters_are_those_that_timm_publishes(size: str, published: int) -> 
     assert parameters(MODEL_SIZES[size], 196, 4) - parameters(MODEL_SIZES[size], 196) == 4 * MODEL_SIZES[size].width
 
 
+def test_probes_that_see_new_views_at_every_step_are_priced() -> None:
+    settings = {"model.size": "tiny", "model.patch_size": 16, "model.image_size": 224, "data.decode_size": 256}
+    fast = {"evaluation.probes": ["linear", "segmentation", "depth"], "evaluation.points": 1}
+    paper = {f"evaluation.{name}.preset": "paper" for name in ("linear", "segmentation", "depth")}
+    size = MODEL_SIZES["tiny"]
+    by_hand = 12_500 * 1_024 * forward_flops(size, 196)
+    by_hand += 40_000 * 16 * forward_flops(size, 32 * 32, num_classes=0)
+    by_hand += 38_400 * 16 * forward_flops(size, 26 * 34, num_classes=0)
+    more = trial_flops(resolve({**settings, **fast, **paper})) - trial_flops(resolve({**settings, **fast}))
+    assert more == pytest.approx(by_hand)
+
+
 def test_a_trial_trains_at_three_forward_passes_and_evaluates_at_one() -> None:
     settings = {"model.size": "tiny", "model.patch_size": 8, "optim.steps": 100, "optim.batch_size": 8}
     forward = forward_flops(MODEL_SIZES["tiny"], 64, 0, 8)
