@@ -18,7 +18,12 @@ _WORDS = {
     "linear": "linear probe",
     "linear_mean_patch": "linear probe with mean patch",
     "knn": "k-NN, k = 20",
+    "zero_shot": "zero-shot",
+    "segmentation": "linear segmentation",
+    "depth": "linear depth",
+    "object_discovery": "LOST",
     "top1": "top-1",
+    "top5": "top-5",
     "miou": "mIoU",
     "rmse": "RMSE",
     "corloc": "CorLoc",
@@ -81,7 +86,7 @@ _RECURRENCE = {
     "base_rate": "outliers among all patches afterwards",
 }
 _FRACTIONS = (
-    *("top1", "top1_std", "top5", "miou", "corloc"),
+    *("top1", "top1_std", "top5", "miou", "accuracy", "mean_accuracy", "corloc", "delta1", "delta2", "delta3"),
     *(
         "outlier_fraction",
         "outlier_fraction_150",

@@ -14,14 +14,21 @@ _ONSET_STEP = "tokens/onset_step"
 
 # Rows of reference/downstream.csv that our metric of the same kind stands beside, and what the paper trained.
 _DOWNSTREAM = {
-    "imagenet1k_linear": ("test/linear/top1", "linear top-1 on ImageNet-1k, %"),
-    "ade20k_linear": ("test/segmentation/miou", "linear mIoU on ADE20k, %"),
-    "nyud_linear": ("test/depth/rmse", "linear RMSE on NYUd, m"),
+    "imagenet1k_linear": ("test/linear/top1", "linear top-1 on ImageNet-1k, % (Table 2a)"),
+    "ade20k_linear": ("test/segmentation/miou", "linear mIoU on ADE20k, % (Table 2a)"),
+    "nyud_linear": ("test/depth/rmse", "linear RMSE on NYUd, m (Table 2a)"),
 }
+_DISCOVERY = {  # the first data set that LOST runs on has the short name, whichever it is
+    "voc2007": ("test/object_discovery/corloc", "CorLoc on VOC 2007 trainval, % (Table 3)"),
+    "voc2012": ("test/object_discovery/voc2012/corloc", "CorLoc on VOC 2012 trainval, % (Table 3)"),
+    "coco20k": ("test/object_discovery/coco20k/corloc", "CorLoc on COCO 20k, % (Table 3)"),
+}
+_ZERO_SHOT = ("test/zero_shot/top1", "zero-shot top-1 on ImageNet-1k, % (Table 2b)")
 _TRAINED = {
     "deit3": "deit3, ViT-B, ImageNet-22k",
     "openclip": "openclip, ViT-B/16, licensed pairs",
     "dinov2": "dinov2, ViT-L, ImageNet-22k",
+    "dino": "dino, ViT-B/16, ImageNet-1k, as released",
 }
 _LOCALITY = {
     "position_top1": ("locality/position/{}/top1", "position probe, {} patches, top-1, %"),
@@ -88,9 +95,11 @@ def read(name: str) -> list[dict[str, str]]:
 
 def _known() -> Iterator[_Known]:
     for row in read("downstream"):
-        metric, what = _DOWNSTREAM[row["task"]]
-        model = f"{_TRAINED[row['method']]}, {row['num_registers']} registers"
-        yield _Known(metric, what, model, float(row["value"]), int(row["num_registers"]), row["method"])
+        yield _of_table(*_DOWNSTREAM[row["task"]], row)
+    for row in read("zero_shot"):
+        yield _of_table(*_ZERO_SHOT, row)
+    for row in read("object_discovery"):
+        yield _of_table(*_DISCOVERY[row["dataset"]], row)
     for row in read("outliers"):
         metric, what = _OUTLIERS[row["quantity"]]
         yield _Known(metric, what, f"{row['model']}, 0 registers", float(row["value"]), 0)
@@ -107,6 +116,12 @@ def _known() -> Iterator[_Known]:
             metric, what = (text.format(row["token"]) for text in _LOCALITY[row["metric"]])
             model = f"{row['model']}, {registers} registers"
             yield _Known(metric, f"{what} (Table {row['table']})", model, float(row["value"]), registers)
+
+
+def _of_table(metric: str, what: str, row: Mapping[str, str]) -> _Known:
+    """A value of a model that the paper trained, or of DINO, which it took as released."""
+    model = f"{_TRAINED[row['method']]}, {row['num_registers']} registers"
+    return _Known(metric, what, model, float(row["value"]), int(row["num_registers"]), row["method"])
 
 
 _OF = ("", " that has one (see coverage)")

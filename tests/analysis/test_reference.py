@@ -62,6 +62,23 @@ def test_a_method_stands_beside_itself_alone() -> None:
     assert compared("test/linear/top1", 0.8, method="dino") == []
 
 
+@pytest.mark.parametrize(
+    ("metric", "method", "registers", "paper"),
+    [
+        ("test/zero_shot/top1", "openclip", 4, 60.1),
+        ("test/segmentation/miou", "deit3", 4, 39.1),
+        ("test/object_discovery/corloc", "dinov2", 0, 35.3),
+        ("test/object_discovery/voc2012/corloc", "openclip", 4, 42.0),
+        ("test/object_discovery/coco20k/corloc", "dino", 0, 50.7),
+    ],
+)
+def test_downstream_tables_stand_beside_the_probe_of_the_same_kind(
+    metric: str, method: str, registers: int, paper: float
+) -> None:
+    (known,) = compared(metric, 0.5, **{"method": method, "model.num_registers": registers})
+    assert (known.paper, known.ours) == (paper, 50.0) and known.paper_model.startswith(method)
+
+
 def test_without_known_length_an_onset_is_not_compared() -> None:
     assert compared("tokens/onset_step", 50.0, **{"optim.steps": None}) == []
     assert compared("tokens/onset_step", 50.0, **{"optim.steps": 0}) == []
