@@ -20,7 +20,7 @@ MAX_COMBINATIONS = 50  # distinct impossible combinations that are listed
 
 # First parts of metric names, and what follows `val/` and `test/` besides the names of probes.
 _METRIC_ROOTS = ("train", "val", "test", "tokens", *MEASUREMENTS)
-_METRIC_FAMILIES = ("linear_mean_patch", "zero_shot", "segmentation", "depth", "object_discovery")
+_METRIC_FAMILIES = ("linear_mean_patch",)
 
 
 @dataclass

@@ -266,7 +266,7 @@ class EvaluationConfig(Section):
     """Which probes run on the frozen backbone, on how many images, and how often."""
 
     probes: Annotated[
-        tuple[Annotated[str, *known(catalog.PROBES, own="package.module:probe")], ...],
+        tuple[Annotated[str, *known(catalog.PROBES, own="package.module:Class")], ...],
         LISTED,
         ONCE,
     ] = Field(("linear", "knn"))

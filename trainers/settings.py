@@ -71,8 +71,9 @@ def unknown_setting(name: str) -> str:
     leaf = name.rsplit(".", maxsplit=1)[-1]
     same_leaf = [field for field in names if field.rsplit(".", maxsplit=1)[-1] == leaf]
     known = [*same_leaf, *([_ELSEWHERE[leaf]] if leaf in _ELSEWHERE else [])]
-    guess = f"; did you mean {' or '.join(known)}?" if known else did_you_mean(name, [*names, *_sections()])
     place = ".".join(path)
+    known = [field for field in known if place and field.startswith(f"{place}.")] or known
+    guess = f"; did you mean {' or '.join(known)}?" if known else did_you_mean(name, [*names, *_sections()])
     if not guess:
         near = did_you_mean(leaf, [field.rsplit(".", maxsplit=1)[-1] for field in fields(section)])
         guess = near or f"; allowed: {', '.join(section.model_fields)}"

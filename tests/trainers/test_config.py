@@ -350,6 +350,66 @@ class TestMessages:
         assert did_you_mean("captions", names) == ""
 
 
+class TestProbePresets:
+    def test_a_preset_gives_what_is_not_given(self) -> None:
+        linear = resolve({"evaluation.linear": {"preset": "paper", "steps": 7}}).evaluation.linear
+        assert linear is not None
+        assert (linear.steps, linear.batch_size, linear.blocks, linear.crops, linear.at) == (
+            7,
+            1_024,
+            (1, 4),
+            True,
+            "end",
+        )
+        assert len(linear.learning_rates) == 13 and (linear.learning_rates[0], linear.learning_rates[-1]) == (1e-5, 0.1)
+
+    def test_names_are_no_part_of_the_identity_but_their_values_are(self) -> None:
+        plain, named, grid = (
+            resolve({"evaluation.linear": given}) for given in ({}, {"preset": "fast"}, {"preset": "grid"})
+        )
+        assert trial_id(plain) == trial_id(named) != trial_id(grid)
+        by_hand = {"learning_rates": list(grid.evaluation.linear.learning_rates), "blocks": [1, 4]}
+        assert trial_id(grid) == trial_id(resolve({"evaluation.linear": by_hand}))
+        assert not [name for name in identity(grid) if name.endswith("preset")]
+
+    def test_an_unknown_preset_is_an_error(self) -> None:
+        with pytest.raises(ConfigError, match=r"evaluation.linear.preset is 'papers'; .* did you mean paper"):
+            resolve({"evaluation.linear.preset": "papers"})
+
+    def test_a_probe_that_is_off_needs_none(self) -> None:
+        config = resolve({"evaluation": {"probes": ["knn"], "linear": {"preset": "paper"}}})
+        assert config.evaluation.linear is None
+        assert trial_id(config) == trial_id(resolve({"evaluation.probes": ["knn"]}))
+
+
+class TestDataOfProbes:
+    def test_what_a_probe_needs_its_own_data_must_provide(self) -> None:
+        settings = {"evaluation.probes": ["segmentation"], "data.train": "fashion_mnist"}
+        with pytest.raises(
+            ConfigError, match="probe segmentation needs segmentation; data.train fashion_mnist provides"
+        ):
+            resolve(settings)
+        assert resolve({**settings, "evaluation.segmentation.data": ["scenes"]}).data.train == "fashion_mnist"
+        with pytest.raises(ConfigError, match=r"needs depth; evaluation.depth.data fashion_mnist provides classes"):
+            resolve({"evaluation.probes": ["depth"], "evaluation.depth.data": ["fashion_mnist"]})
+
+    @pytest.mark.parametrize(
+        "name", ["image_folder", "image_folder/", "image_folder/a b", "scenes/x", "sceness", "a/b:c"]
+    )
+    def test_names_that_are_no_data_set(self, name: str) -> None:
+        with pytest.raises(ConfigError, match=r"evaluation.knn.data"):
+            resolve({"evaluation.knn.data": [name]})
+
+    @pytest.mark.parametrize("name", ["image_folder/photographs", "scenes", "my.module:build"])
+    def test_names_of_data_sets(self, name: str) -> None:
+        assert resolve({"evaluation.knn.data": [name]}).evaluation.knn.data == (name,)
+
+    def test_zero_shot_needs_a_text_tower(self) -> None:
+        with pytest.raises(ConfigError, match="probe zero_shot needs method openclip; method is deit3"):
+            resolve({"evaluation.probes": ["zero_shot"]})
+        assert resolve({"evaluation.probes": ["zero_shot"], "method": "openclip"}).evaluation.zero_shot is not None
+
+
 class TestSingleSettings:
     def test_values_are_held_as_a_configuration_holds_them(self) -> None:
         assert check("optim.lr", 1) == (1.0, [])
