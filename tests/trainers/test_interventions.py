@@ -102,6 +102,13 @@ def test_what_a_trial_does_not_measure_is_not_measured_of_variants() -> None:
     assert found and all(isinstance(finding, Metric) for finding in found)
 
 
+def test_probes_of_the_end_alone_are_not_asked_about_variants() -> None:
+    given = asked(planting(), tokens__measurements=[])
+    given.probes.parts = [replace(part, at_end=True) for part in given.probes.parts]
+    found = measured(replace(given, fitted=given.probes.fit(given.backbone, at_end=True)), on_outliers=("clamped",))
+    assert found and not [name for name in found if "knn" in name]
+
+
 def test_scores_of_the_untouched_that_are_known_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[Any] = []
     score = FittedProbes.score

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,8 +84,24 @@ def test_large_features_lie_in_a_file_that_leaves_nothing(
 ) -> None:
     kept = extract(_vit(), _batches(images), 11, {"patches"})["patches"]
     monkeypatch.setattr(features_module, "_LARGE", 100)
+    mappings: list[tuple[int, ...]] = []
+    memmap = np.memmap
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        mappings.append(named["shape"])
+        return memmap(*arguments, **named)
+
+    monkeypatch.setattr(np, "memmap", noted)
     mapped = extract(_vit(), _batches(images), 11, {"patches"}, scratch=tmp_path)["patches"]
-    assert torch.equal(kept, mapped) and not list(tmp_path.iterdir())
+    assert torch.equal(kept, mapped) and mappings == [(11, 4, 64)] and not list(tmp_path.iterdir())
+
+
+def test_keys_alone(images: np.ndarray) -> None:
+    backbone = _vit().eval()
+    keys = extract(backbone, _batches(images), 11, {"keys"})["keys"]
+    with torch.no_grad():
+        _, expected, _ = backbone.qkv(_view(torch.from_numpy(images)), 4)
+    torch.testing.assert_close(keys, expected[:, :, 3:].transpose(1, 2).reshape(11, 4, 64), rtol=0, atol=2e-5)
 
 
 class _Fake(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from trainers.probes.seen import SeenSplit
 from trainers.streams import Streams
 from trainers.vit import ViT
 
-IMAGES = {"train": 12, "validation": 6, "test": 5}
+IMAGES = {"train": 20, "validation": 6, "test": 5}
 
 
 class Counting:
@@ -34,8 +35,9 @@ class Counting:
         assert settings is None and context.name == "deit3"
 
     def fit(self, train: SeenSplit, validation: SeenSplit) -> Counting:
-        self.fitted = len(train.features["mean_patch"])
-        return self
+        fitted = copy(self)
+        fitted.fitted = len(train.features["mean_patch"])
+        return fitted
 
     def score(self, seen: SeenSplit) -> Iterator[Score | Arrays | Picture]:
         assert seen.features["mean_patch"].shape == (len(seen), 64)
@@ -88,7 +90,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_probe_of_ones_own(backbone: ViT) -> None:
     scores = _probes(probes=[f"{__name__}:Counting"]).fit(backbone).score(backbone, "test")
-    assert scores.metrics == {"test/counting/fitted": 12, "test/counting/scored": 5}
+    assert scores.metrics == {"test/counting/fitted": 16, "test/counting/scored": 5}
     assert scores.per_image["test/counting/scored"].tolist() == [0, 1, 2, 3, 4]
     assert [file.name for file in scores.files] == ["counting"]
 
@@ -100,9 +102,9 @@ def test_probes_with_equal_names_are_an_error(backbone: ViT) -> None:
 
 
 def test_further_data_sets_have_their_name_after_that_of_the_probe(backbone: ViT) -> None:
-    knn = {"k": (5, 20), "data": ("image_folder/birds",)}
+    knn = {"k": (5, 17), "data": ("image_folder/birds",)}
     first = _probes(probes=["knn"], knn=knn).fit(backbone).score(backbone, "validation")
-    assert set(first.metrics) == {"val/knn/k5/top1"}  # 20 neighbours are more than there are
+    assert set(first.metrics) == {"val/knn/k5/top1"}  # 17 are more than probes learn from
     probes = _probes(probes=["knn", "linear"], knn=knn, linear={"steps": 2})
     named = probes.fit(backbone).score(backbone, "test")
     assert set(named.metrics) == {"test/knn/k5/top1", "test/linear/top1", "test/linear_mean_patch/top1"}
@@ -116,9 +118,16 @@ def test_images_pass_once_whatever_the_number_of_probes(backbone: ViT, passes: l
         own.score(backbone, split)
         own.score(backbone, split)
     assert own.patch_norms() is not None
-    assert passes == [12, 6, 5]
+    assert passes == [16, 6, 5]
     own.score(ViT(_model(), Streams(1)), "test")
-    assert passes == [12, 6, 5, 5]  # another backbone sees other features
+    assert passes == [16, 6, 5, 5]  # another backbone sees other features
+
+
+def test_only_what_the_probes_of_a_data_set_read_is_extracted(backbone: ViT) -> None:
+    probes = _probes(probes=["knn", f"{__name__}:Counting"], knn={"data": ("image_folder/birds",)})
+    assert probes.see(backbone, fitted.OWN, "train").reads == {"mean_patch"}
+    assert probes.see(backbone, fitted.OWN, "test").reads == {"mean_patch", "norms"}
+    assert probes.see(backbone, "image_folder/birds", "test").reads == {"cls", "mean_patch"}
 
 
 def test_probes_of_the_end_run_at_the_end(backbone: ViT, passes: list[int]) -> None:
@@ -170,7 +179,7 @@ def test_dense_targets_take_the_nearest_pixel_at_the_size_of_the_images(backbone
     data = _data(0, "own")
     coarse = np.arange(5 * 4).reshape(5, 2, 2).astype(np.uint8)
     data = replace(data, test=Split(data.test.images, {"segmentation": coarse}))
-    given = SeenSplit(backbone, _model(), data, "test", np.array([4, 1]), torch.device("cpu"))
+    given = SeenSplit(backbone, _model(), data, "test", np.array([4, 2]), torch.device("cpu"))
     found = given.dense("segmentation", np.array([1]))
     assert found.shape == (1, 16, 16) and found.dtype == torch.uint8
-    assert torch.equal(found[0], torch.tensor([[4, 5], [6, 7]]).repeat_interleave(8, 0).repeat_interleave(8, 1))
+    assert torch.equal(found[0], torch.tensor([[8, 9], [10, 11]]).repeat_interleave(8, 0).repeat_interleave(8, 1))
