@@ -363,6 +363,12 @@ class TestProbePresets:
         )
         assert len(linear.learning_rates) == 13 and (linear.learning_rates[0], linear.learning_rates[-1]) == (1e-5, 0.1)
 
+    def test_beside_the_preset_of_a_method(self) -> None:
+        linear = resolve(
+            {"method": "dinov2", "model.size": "nano", "evaluation.linear.preset": "grid"}
+        ).evaluation.linear
+        assert linear is not None and linear.blocks == (1, 4)
+
     def test_names_are_no_part_of_the_identity_but_their_values_are(self) -> None:
         plain, named, grid = (
             resolve({"evaluation.linear": given}) for given in ({}, {"preset": "fast"}, {"preset": "grid"})
