@@ -28,6 +28,10 @@ def fitted(golden: Golden, ks: tuple[int, ...]) -> Any:
     return knn.fit(features(golden, "train"), settings, golden["num_classes"])
 
 
+def votes(probe: knn.KnnProbe, queries: torch.Tensor) -> dict[int, torch.Tensor]:
+    return probe._votes(*probe._neighbors(queries))
+
+
 def ks_of(golden: Golden) -> tuple[int, ...]:
     return tuple(golden["ks"].tolist())
 
@@ -43,11 +47,10 @@ def test_votes_of_the_given_neighbours(golden: Golden) -> None:
 
 
 def test_neighbours_and_votes_of_features(golden: Golden) -> None:
-    probe = fitted(golden, ks_of(golden))
-    found = probe._votes(golden["test_features"])
+    found = votes(fitted(golden, ks_of(golden)), golden["test_features"])
     for k in ks_of(golden):
         close(found[k].float(), golden[f"probas_k{k}"])
-        close(fitted(golden, (k,))._votes(golden["test_features"])[k].float(), golden[f"probas_k{k}_alone"])
+        close(votes(fitted(golden, (k,)), golden["test_features"])[k].float(), golden[f"probas_k{k}_alone"])
 
 
 def test_predicted_classes(golden: Golden) -> None:

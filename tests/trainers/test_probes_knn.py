@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from trainers.config import KnnConfig
@@ -50,9 +53,60 @@ def test_equals_brute_force(temperature: float, monkeypatch: pytest.MonkeyPatch)
     for k, ours in zip(settings.k, predicted.values(), strict=True):
         np.testing.assert_array_equal(ours, _brute_force(train, evaluated, k, temperature))
     assert len({tuple(ours.tolist()) for ours in predicted.values()}) >= 3  # the cases tell the k apart
-    monkeypatch.setattr(knn, "_CHUNK", 7)
+    monkeypatch.setattr(knn, "_QUERIES", 7)
+    monkeypatch.setattr(knn, "_KNOWN", 11)  # fewer than most k
     chunked = knn.fit(train, settings, CLASSES).predict(evaluated)
     assert all(torch.equal(chunked[name], predicted[name]) for name in predicted)
+
+
+def _exact(seed: int, count: int) -> Tensor:
+    """Features whose cosines are multiples of 1/4 or so, rounded alike by every matrix product: many are equal."""
+    signs = np.random.default_rng(seed).integers(0, 2, (count, 4)) * 2.0 - 1.0
+    return torch.from_numpy(signs * 2.0 ** np.random.default_rng(seed).integers(-3, 4, (count, 1))).float()
+
+
+@pytest.mark.parametrize(("queries", "known"), [(512, 16_384), (3, 16), (40, 7), (1, 1), (512, 50)])
+@pytest.mark.parametrize("k", [1, 9, 60, 200])
+def test_of_equal_neighbours_the_lower_index_is_nearer(
+    queries: int, known: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "_QUERIES", queries)
+    monkeypatch.setattr(knn, "_KNOWN", known)
+    asked, others = _exact(0, 23), _exact(1, 200)
+    found = knn.neighbors(asked, others, k, torch.device("cpu"))
+    cosine = (functional.normalize(asked, dim=1) @ functional.normalize(others, dim=1).T).numpy()
+    assert len(np.unique(cosine)) == 5
+    expected = np.argsort(-cosine, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(found.indices, expected)
+    np.testing.assert_array_equal(found.similarity, np.take_along_axis(cosine, expected, axis=1))
+
+
+def test_only_a_chunk_of_the_known_features_is_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    highest = knn._highest
+
+    def watched(similarity: Tensor, k: int) -> knn.Neighbors:
+        nonlocal largest
+        largest = max(largest, similarity.numel())
+        return highest(similarity, k)
+
+    monkeypatch.setattr(knn, "_highest", watched)
+    monkeypatch.setattr(knn, "_QUERIES", 8)
+    monkeypatch.setattr(knn, "_KNOWN", 32)
+    train, evaluated = _features(0, 200), _features(1, 50)
+    knn.fit(train, KnnConfig(), CLASSES).predict(evaluated)
+    assert largest == 8 * 32
+
+
+def test_features_in_a_file_give_the_same(tmp_path: Path) -> None:
+    train, evaluated = _features(0, 150, spread=2), _features(1, 40, spread=2)
+    file = np.memmap(tmp_path / "features", np.float32, "w+", shape=(150, 12))
+    file[:] = train.cls.numpy()
+    mapped = Features(torch.from_numpy(file), train.mean_patch, train.classes)
+    expected, ours = (knn.fit(part, KnnConfig(), CLASSES).predict(evaluated) for part in (train, mapped))
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    probe = knn.fit(mapped, KnnConfig(), CLASSES)
+    assert probe.features.data_ptr() == mapped.cls.data_ptr()  # no copy in memory
 
 
 def test_votes_by_hand() -> None:

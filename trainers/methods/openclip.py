@@ -31,10 +31,13 @@ from trainers.config import TrialConfig
 from trainers.device import moved
 from trainers.method_settings import OpenCLIPConfig
 from trainers.methods import Batch, Method, Progress, Upcoming, Views, initialise_
+from trainers.ragged import sizes_of
 from trainers.streams import Streams
 
 LOGIT_SCALE = {"clip": math.log(1 / 0.07), "siglip": math.log(10)}  # at first
 LOGIT_BIAS = -10.0  # of siglip, at first
+
+_TEXTS = 1_024  # that pass through the text tower at a time without gradient
 
 
 class Features(NamedTuple):
@@ -89,8 +92,8 @@ class OpenCLIP(Method):
     def views(self, batch: Batch, streams: Streams) -> Views:
         """`images` float32 [B, 3, S, S], cropped and normalised, and `text` int64 [B, L]."""
         check(batch.images, self.image_size, blur_radius=0)
-        side, scale = batch.images.shape[1], self.settings.crop_scale
-        boxes = draw_resized_boxes(batch.drawn, side, streams.torch("augment"), scale=scale)[batch.own]
+        sizes, scale = sizes_of(batch.images), self.settings.crop_scale
+        boxes = draw_resized_boxes(batch.drawn, sizes, streams.torch("augment"), scale=scale, own=batch.own)
         unflipped = torch.zeros(len(boxes), dtype=torch.bool)
         images = standardise(resized_crop(batch.images, boxes, unflipped, self.image_size))
         return {"images": images, "text": moved(batch.prepared["text"], batch.images.device)}
@@ -100,6 +103,18 @@ class OpenCLIP(Method):
         cls_BD = self.class_tokens(self.backbone.tokens(views["images"]))  # type: ignore[operator]
         images_BE, texts_BE = cls_BD @ self.image_projection, text.encode(self.text, views["text"])
         return Features(F.normalize(images_BE.float(), dim=-1), F.normalize(texts_BE.float(), dim=-1))
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Of n texts, float32 [n, E] of length 1, without gradient, in float32 whatever the precision of training."""
+        tokens = text.tokens_of(texts, self.settings.context_length)
+        features = [text.encode(self.text, part.to(self.logit_scale.device)) for part in torch.split(tokens, _TEXTS)]
+        return F.normalize(torch.cat(features).float(), dim=-1)
+
+    @torch.no_grad()
+    def image_features(self, cls_BD: Tensor) -> Tensor:
+        """Of images, by their class tokens after the final norm: float32 [B, E] of length 1, without gradient."""
+        return F.normalize(cls_BD @ self.image_projection, dim=-1)
 
     @torch.no_grad()
     def remember(self, views: Sequence[Views], progress: Progress) -> None:

@@ -1,119 +1,209 @@
-"""Linear classification on frozen features: the official DINOv2 protocol, all learning rates trained at once.
+"""Linear classification on frozen features: the official DINOv2 protocol, all heads trained at once.
 
 Source: facebookresearch/dinov2:dinov2/eval/linear.py. Kept: SGD with momentum 0.9 and no weight decay, cosine to 0,
-learning rates per 256 images, weights from N(0, 0.01²), unscaled features, an endless shuffled pass over the images.
-Different here: features are extracted once, from the plain view of each image and the last block only (official:
-re-extracted from random crops; last 1 and 4 blocks); the learning rate is chosen on a held-out part of the training
-features (official: on the evaluated split); class token and class token + mean patch are families of their own.
-Shapes: n images, B batch, F features, K learning rates, C classes.
+learning rates per 256 images, weights from N(0, 0.01²), unscaled features, an endless shuffled pass over the images;
+heads on class tokens of the last blocks side by side, and on these with the last block's mean patch behind them.
+Different here: the two are families of their own, since the mean patch takes in outliers; the best head of a family is
+chosen on a held-out part of the training features (official, `select_on: val`: on the evaluated split; here that is
+validation even when the test set is evaluated); all learning rates of an input start from the same weights. Without
+`crops` features are extracted once, from the plain view of each image.
+Shapes: n images, B batch, W columns of the wide input, F columns of a head, K learning rates, C classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
 from trainers.config import LinearConfig
-from trainers.findings import Score
-from trainers.probes import Context, classification
+from trainers.findings import Arrays, Score
+from trainers.probes import Context, classification, crops, heads
 from trainers.probes.classification import Features
+from trainers.probes.crops import RandomCrops
+from trainers.probes.heads import Group, Heads
+from trainers.probes.linear_inputs import Input, ReadWide, inputs_of, rows_of, wide
 from trainers.probes.seen import SeenSplit
 from trainers.streams import Streams
 
-MOMENTUM = 0.9
 INIT_STD = 0.01
 HELD_OUT = 0.1
 LEAST_HELD_OUT = 50  # fewer tell learning rates apart by chance; but never more than half of the images
 
 _CHUNK = 4_096  # images whose logits are held at a time
 
+Read = Callable[[Tensor], Features]  # positions int64 [B] → what is seen of these images
+
 
 @dataclass(frozen=True)
 class Head:
-    """The head of one family that did best on the held-out images."""
+    """A trained head, and how well it did where heads are chosen."""
 
+    input: Input
     weight: Tensor  # float32 [F, C]
     bias: Tensor  # float32 [C]
     learning_rate: float  # per 256 images
+    right: int  # images that it classified correctly
+    loss: float  # mean cross-entropy of them
 
 
 class Linear:
     """The probe `linear`: see trainers.probes.Probe."""
 
-    reads = frozenset({"cls", "mean_patch"})
     transfers = False
 
     def __init__(self, settings: LinearConfig, context: Context) -> None:
         self._settings, self._streams = settings, context.streams
+        self._needs = frozenset({"cls", "mean_patch"} | ({"cls_blocks"} if max(settings.blocks) > 1 else set()))
+        self.reads = frozenset[str]() if settings.crops else self._needs
 
     def fit(self, train: SeenSplit, validation: SeenSplit) -> LinearProbe:
         """All heads, of which the best of each family are kept."""
-        return fit(classification.features(train), self._settings, self._streams, len(train.data.class_names))
+        chosen_on = self._look(validation) if self._settings.select_on == "val" else None
+        classes = len(train.data.class_names)
+        if not self._settings.crops:
+            features = classification.features(train)
+            return fit(features, self._settings, self._streams, classes, look=self._look, chosen_on=chosen_on)
+        draws = torch.Generator().manual_seed(self._streams.seed_for("probe/linear/crops"))
+        random = RandomCrops(train, self._needs, draws)
+
+        def cropped(positions: Tensor, blocks: int) -> Tensor:
+            return wide(_features(random.features(positions), train.classes[positions.to(train.device)]), blocks)
+
+        def centred(positions: Tensor) -> Features:
+            rows = crops.centre_features(train, self._needs, positions)
+            return _features(rows, train.classes[positions.to(train.device)])
+
+        return train_and_choose(
+            train.classes, cropped, centred, self._settings, self._streams, classes, self._look, chosen_on
+        )
+
+    def _look(self, seen: SeenSplit) -> Features:
+        """Features of all images of a split, as heads are chosen and evaluated on them."""
+        if not self._settings.crops:
+            return classification.features(seen)
+        return _features(crops.centre_features(seen, self._needs), seen.classes)
+
+
+def _features(rows: Mapping[str, Tensor], classes: Tensor) -> Features:
+    return Features(rows.get("cls"), rows["mean_patch"], classes, rows.get("cls_blocks"))
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """The chosen head of each family."""
+    """All heads, and by family the best of them."""
 
-    heads: dict[str, Head]
+    trained: Sequence[Head]
+    heads: Mapping[str, Head]
+    num_chosen_on: int
+    look: Callable[[SeenSplit], Features] = classification.features
 
     @torch.no_grad()
     def predict(self, evaluated: Features) -> dict[str, Tensor]:
         """Classes, int64 [n], as `linear/top1` and `linear_mean_patch/top1`; of equal logits the lowest class."""
-        inputs = _families(evaluated)
-        return {
-            f"{family}/top1": torch.cat(
-                [
-                    torch.addmm(head.bias, part, head.weight).argmax(dim=1)
-                    for part in torch.split(inputs[family], _CHUNK)
-                ]
-            )
-            for family, head in self.heads.items()
-        }
+        most = max(head.input.blocks for head in self.trained)
+        predicted: dict[str, list[Tensor]] = {family: [] for family in self.heads}
+        for positions in torch.split(torch.arange(len(evaluated)), _CHUNK):
+            x_BW = wide(evaluated.at(positions), most)
+            for family, head in self.heads.items():
+                logits = torch.addmm(head.bias, x_BW[:, head.input.columns], head.weight)
+                predicted[family].append(logits.argmax(dim=1))
+        return {f"{family}/top1": torch.cat(parts) for family, parts in predicted.items()}
 
-    def score(self, seen: SeenSplit) -> Iterator[Score]:
-        """Top-1 accuracies under the names that `predict` gives."""
-        evaluated = classification.features(seen)
+    def score(self, seen: SeenSplit) -> Iterator[Score | Arrays]:
+        """Top-1 accuracies under the names that `predict` gives, and how all heads did where they were chosen."""
+        evaluated = self.look(seen)
         yield from classification.accuracies(self.predict(evaluated), evaluated.classes)
+        yield self.report()
+
+    def report(self) -> Arrays:
+        """`linear_heads`, one value per head: family, blocks, learning rate, accuracy and loss, whether it was chosen.
+
+        Accuracy and loss are those on the images on which heads are chosen.
+        """
+        best = [id(head) for head in self.heads.values()]
+        columns = {
+            "family": np.array([head.input.family for head in self.trained]),
+            "blocks": np.array([head.input.blocks for head in self.trained]),
+            "learning_rate": np.array([head.learning_rate for head in self.trained]),
+            "accuracy": np.array([head.right for head in self.trained]) / self.num_chosen_on,
+            "loss": np.array([head.loss for head in self.trained]),
+            "chosen": np.array([id(head) in best for head in self.trained]),
+        }
+        return Arrays("linear_heads", columns)
 
 
-@torch.no_grad()
-def fit(train: Features, settings: LinearConfig, streams: Streams, num_classes: int) -> LinearProbe:
-    """Train all heads on `train` but a held-out tenth, and keep the best of each family on that tenth.
-
-    The result depends on features, settings and the seed of `streams` alone: it does not matter what was drawn
-    before. Both families see the same batches.
+def fit(
+    train: Features,
+    settings: LinearConfig,
+    streams: Streams,
+    num_classes: int,
+    *,
+    look: Callable[[SeenSplit], Features] = classification.features,
+    chosen_on: Features | None = None,
+) -> LinearProbe:
+    """`train_and_choose` on features that were extracted once; they may be memory-mapped on the CPU.
 
     Raises:
         ValueError: there are fewer than two images.
     """
-    if len(train) < 2:
-        raise ValueError(f"linear probing needs at least two training images; there are {len(train)}")
+    return train_and_choose(train.classes, rows_of(train), train.at, settings, streams, num_classes, look, chosen_on)
+
+
+@torch.no_grad()
+def train_and_choose(
+    classes_n: Tensor,
+    read: ReadWide,
+    read_plain: Read,
+    settings: LinearConfig,
+    streams: Streams,
+    num_classes: int,
+    look: Callable[[SeenSplit], Features],
+    chosen_on: Features | None,
+) -> LinearProbe:
+    """Train all heads and find the best of each family on `chosen_on`, or on a tenth of the images that is held out.
+
+    The result depends on what is read, the settings and the seed of `streams` alone: it does not matter what was drawn
+    before. All heads see the same batches.
+
+    Args:
+        classes_n: int64 [n], on the device.
+        read: wide inputs of training images, as they are trained on.
+        read_plain: training images, as heads are chosen on them.
+        settings: learning rates per 256 images, blocks, steps, batch size.
+        streams: for their seed.
+        num_classes: C.
+        look: how the probe sees splits that it is evaluated on.
+        chosen_on: images on which heads are chosen; none stands for the tenth.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    count = len(classes_n)
+    if count < 2:
+        raise ValueError(f"linear probing needs at least two training images; there are {count}")
     generator = torch.Generator().manual_seed(streams.seed_for("probe/linear"))
-    order = torch.randperm(len(train), generator=generator).to(train.classes.device)
-    num_held_out = min(max(round(HELD_OUT * len(train)), LEAST_HELD_OUT), len(train) // 2)
-    held_out, kept = train.at(order[:num_held_out]), train.at(order[num_held_out:])
-    batches = _batches(len(kept), settings, generator).to(train.classes.device)
-    heads = {}
-    for family, inputs in _families(kept).items():
-        draws = torch.Generator().manual_seed(streams.seed_for(f"probe/{family}"))
-        weight = torch.randn(inputs.shape[1], num_classes, generator=draws).mul_(INIT_STD).to(inputs.device)
-        weight_FKC, bias_KC = train_heads(inputs, kept.classes, weight, batches, settings)
-        best = _best(_families(held_out)[family], held_out.classes, weight_FKC, bias_KC)
-        heads[family] = Head(weight_FKC[:, best].clone(), bias_KC[best].clone(), settings.learning_rates[best])
-    return LinearProbe(heads)
-
-
-def _families(features: Features) -> dict[str, Tensor]:
-    """Inputs [n, F] of each family; without class token there is only the mean patch."""
-    if features.cls is None:
-        return {"linear_mean_patch": features.mean_patch}
-    return {"linear": features.cls, "linear_mean_patch": torch.cat([features.cls, features.mean_patch], dim=1)}
+    kept = torch.arange(count)
+    if chosen_on is None:
+        order = torch.randperm(count, generator=generator)
+        num_held_out = min(max(round(HELD_OUT * count), LEAST_HELD_OUT), count // 2)
+        kept, held_out = order[num_held_out:], order[:num_held_out]
+    batches = kept[_batches(len(kept), settings, generator)]
+    inputs = inputs_of(read_plain(kept[:1]), settings.blocks)
+    most = max(part.blocks for part in inputs)
+    pairs = ((read(index, most), classes_n[index.to(classes_n.device)]) for index in batches)
+    groups = [Group(part.columns, _start(part, num_classes, streams).to(classes_n.device)) for part in inputs]
+    rates = torch.tensor(settings.learning_rates, device=classes_n.device) * settings.batch_size / 256
+    learned = heads.train(pairs, settings.steps, groups, rates)
+    judged = read_plain(held_out) if chosen_on is None else chosen_on
+    trained = list(_judged(inputs, learned, settings.learning_rates, judged))
+    best = {part.family: _best([head for head in trained if head.input.family == part.family]) for part in inputs}
+    return LinearProbe(trained, best, len(judged), look)
 
 
 def _batches(num_images: int, settings: LinearConfig, generator: Generator) -> Tensor:
@@ -123,51 +213,36 @@ def _batches(num_images: int, settings: LinearConfig, generator: Generator) -> T
     return torch.cat(passes)[:wanted].reshape(settings.steps, settings.batch_size)
 
 
-@torch.no_grad()
-def train_heads(
-    inputs_nF: Tensor, classes: Tensor, weight_FC: Tensor, batches: Tensor, settings: LinearConfig
-) -> tuple[Tensor, Tensor]:
-    """One head for each learning rate from the same start; weight [F, K, C] and bias [K, C].
-
-    All heads are one matrix [F, K · C]. The gradient of the mean cross-entropy, softmax minus one-hot over B, is
-    written out, which makes a step a dozen kernels for any number of heads.
-
-    Args:
-        inputs_nF: features, float32 [n, F].
-        classes: int64 [n].
-        weight_FC: initial weight, float32 [F, C]; biases start from 0.
-        batches: indices of each step's images, int64 [steps, B].
-        settings: learning rates per 256 images, steps, batch size.
-    """
-    heads, (features, classes_) = len(settings.learning_rates), weight_FC.shape
-    weight = weight_FC.repeat(1, heads)  # [F, K · C]
-    bias = weight.new_zeros(heads * classes_)
-    momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
-    peak = weight.new_tensor(settings.learning_rates) * settings.batch_size / 256
-    rates = peak.repeat_interleave(classes_)  # of every column
-    for step, index in enumerate(batches):
-        x_BF = inputs_nF[index]
-        target_B11 = classes[index][:, None, None].expand(-1, heads, 1)
-        gradient = torch.addmm(bias, x_BF, weight).view(-1, heads, classes_).softmax(dim=2)
-        gradient.scatter_add_(2, target_B11, gradient.new_full((), -1.0).expand_as(target_B11))
-        gradient_BK = gradient.view(len(index), -1).div_(len(index))
-        momentum.mul_(MOMENTUM).addmm_(x_BF.T, gradient_BK)
-        bias_momentum.mul_(MOMENTUM).add_(gradient_BK.sum(dim=0))
-        now = rates * (0.5 * (1 + math.cos(math.pi * step / len(batches))))
-        weight.addcmul_(momentum, now, value=-1)
-        bias.addcmul_(bias_momentum, now, value=-1)
-    return weight.view(features, heads, classes_), bias.view(heads, classes_)
+def _start(part: Input, num_classes: int, streams: Streams) -> Tensor:
+    """Weights [F, C] from a stream of their own."""
+    draws = torch.Generator().manual_seed(streams.seed_for(part.purpose))
+    return torch.randn(part.columns.stop - part.columns.start, num_classes, generator=draws).mul_(INIT_STD)
 
 
-def _best(inputs: Tensor, classes: Tensor, weight_FKC: Tensor, bias_KC: Tensor) -> int:
+def _judged(
+    inputs: Sequence[Input], learned: Sequence[Heads], learning_rates: Sequence[float], judged: Features
+) -> Iterator[Head]:
+    """All heads, with how well they do on the images on which they are chosen."""
+    most = max(part.blocks for part in inputs)
+    ways = [
+        (part, head, index) for part, head in zip(inputs, learned, strict=True) for index in range(len(learning_rates))
+    ]
+    right, loss = [0] * len(ways), [0.0] * len(ways)
+    for positions in torch.split(torch.arange(len(judged)), _CHUNK):
+        some = judged.at(positions)
+        x_BW = wide(some, most)
+        for way, (part, head, index) in enumerate(ways):
+            logits = torch.addmm(head.bias_KC[index], x_BW[:, part.columns], head.weight_FKC[:, index])
+            loss[way] += float(functional.cross_entropy(logits, some.classes)) * len(some) / len(judged)
+            right[way] += int((logits.argmax(dim=1) == some.classes).sum())
+    for way, (part, head, index) in enumerate(ways):
+        weight, bias = head.weight_FKC[:, index].contiguous(), head.bias_KC[index].clone()
+        yield Head(part, weight, bias, learning_rates[index], right[way], loss[way])
+
+
+def _best(trained: Sequence[Head]) -> Head:
     """Which head classifies most images correctly; among equals the one of lower cross-entropy, then the first.
 
     A head with infinite or NaN logits never wins against one without.
     """
-    scores = []
-    for head in range(len(bias_KC)):
-        logits = torch.addmm(bias_KC[head], inputs, weight_FKC[:, head])
-        loss = float(functional.cross_entropy(logits, classes))
-        right = int((logits.argmax(dim=1) == classes).sum())
-        scores.append((right, -loss) if math.isfinite(loss) else (-1, -math.inf))
-    return max(range(len(scores)), key=scores.__getitem__)
+    return max(trained, key=lambda head: (head.right, -head.loss) if math.isfinite(head.loss) else (-1, -math.inf))
