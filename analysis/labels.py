@@ -155,7 +155,7 @@ def metric_label(metric: str) -> str:
         return known[metric]
     first, *parts = metric.split("/")
     if first in _SPLITS and parts:
-        words = [_WORDS.get(part, part.replace("_", " ")) for part in reversed(_with_k(parts))]
+        words = [_word(part) for part in reversed(_with_k(parts))]
         return f"{words[0]} ({', '.join([*words[1:], _SPLITS[first]])})"
     if first in _GROUPS and len(parts) > 1:
         return _changed(_GROUPS[first], parts)
@@ -167,6 +167,13 @@ def metric_label(metric: str) -> str:
     if first == "recurrence" and len(parts) > 1 and parts[-1] in _RECURRENCE:
         return f"{_RECURRENCE[parts[-1]]} ({done_text('/'.join(parts[:-1]))})"
     return metric
+
+
+def _word(part: str) -> str:
+    """Part of a metric's name in words; the bias of object discovery with a typographic sign."""
+    if part.startswith("bias_"):
+        return part.replace("_", " ").replace("-", MINUS)
+    return _WORDS.get(part, part.replace("_", " "))
 
 
 def _with_k(parts: Sequence[str]) -> Sequence[str]:

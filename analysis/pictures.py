@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.compute as pc
 
-from analysis import map_pictures, norm_pictures
+from analysis import discovery_pictures, map_pictures, norm_pictures
 from analysis.collect import Frames
 from analysis.figures import metrics
 from analysis.figures.metrics import Curve, Point
@@ -38,6 +38,7 @@ def draw(frames: Frames, scores: Scores) -> Pictures:
     problems: list[str] = []
     drawn = [
         *_of_scores(frames, scores, layout, problems),
+        *discovery_pictures.draw(frames, layout, scores),
         *norm_pictures.draw(frames, layout, scores, problems),
         *map_pictures.draw(frames, layout, problems),
     ]

@@ -40,7 +40,8 @@ _OUTLIERS = {
     "first_layer_of_split": ("tokens/onset_layer", "layer in which norms split, of 40"),
     "first_training_fraction": (_ONSET_STEP, "fraction of training after which outliers are there"),
 }
-_DATASETS = {"imagenet1k": "ImageNet-1k", "aircraft": "Aircraft"}  # of Table 1 that are shown beside any data of ours
+# Of Table 1, those that are shown beside any data of ours.
+_DATASETS = {"imagenet1k": "ImageNet-1k", "fgvc_aircraft": "Aircraft"}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from analysis import reference
 from analysis.answer import supported
 from analysis.cells import Cell, cells
 from analysis.collect import Frames
+from analysis.discovery import is_curve
 from analysis.figures.style import Drawn
 from analysis.group_tables import measured_tables
 from analysis.labels import NONE, Unit, axis_labels, cell_text, flag_text, metric_label, unit, value_text
@@ -59,7 +60,9 @@ def render(
     metrics = shown_metrics(frames.plan, rows)
     views = _row_views(rows, everything, varying)
     main = [(metric, _heading(metric), [view for view in views if view["metric"] == metric]) for metric in metrics]
-    others = sorted((view for view in views if view["metric"] not in metrics), key=lambda view: _rank(view["metric"]))
+    # Points of curves are drawn, and would crowd out the rest; they stand in tables/ablation.parquet too.
+    rest = (view for view in views if view["metric"] not in metrics and not is_curve(view["metric"]))
+    others = sorted(rest, key=lambda view: _rank(view["metric"]))
     common, differing = _settings(frames, runs)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("analysis"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True

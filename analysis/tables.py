@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from analysis import statistics, thresholds
+from analysis import discovery, statistics, thresholds
 from analysis.cells import Cell, baseline_of, cells, is_baseline
 from analysis.collect import Frames
 from analysis.schemas import ABLATION, STATUSES, setting_column
@@ -47,7 +47,7 @@ Scores = Mapping[str, Mapping[str, Score]]  # metric to trial_id to score
 
 
 def last_scores(frames: Frames) -> Scores:
-    """The scores of all finished trials, of every metric and of those that are derived from their histograms here.
+    """The scores of all finished trials, of every metric and of those that are derived from others here.
 
     A value that is null or not finite is kept as NaN.
     """
@@ -70,7 +70,7 @@ def last_scores(frames: Frames) -> Scores:
             trial_id: Score(step, math.nan, thresholds.FLAG) if fraction is None else Score(step, fraction)
             for trial_id, (step, fraction) in fractions.items()
         }
-    return found
+    return found | discovery.common(frames, found)
 
 
 def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores | None = None) -> pa.Table:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from analysis.answer import supported
 from analysis.collect import SweepPlan
+from analysis.discovery import is_curve
 from analysis.labels import axis_labels, metric_label, unit, value_text
 from analysis.schemas import canonical
 from analysis.statistics import CONFIDENCE
@@ -47,7 +48,7 @@ def ablation_table(plan: SweepPlan, rows: Sequence[Mapping[str, Any]], varying: 
 
 def shown_metrics(plan: SweepPlan, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The primary metrics that the terminal shows; where none is declared, the first test metrics there are."""
-    present = list(dict.fromkeys(row["metric"] for row in rows))
+    present = list(dict.fromkeys(row["metric"] for row in rows if not is_curve(row["metric"])))
     fallback = [metric for metric in present if metric.startswith("test/")] or present
     return list(plan.primary or fallback)[:_MOST_METRICS]
 

@@ -7,8 +7,11 @@ BENCHMARKS = {
     "startup": "benchmarks.startup:measure",  # the command line, against seconds
     "token_statistics": "benchmarks.token_statistics:measure",  # against the training step without them
     "trainer_throughput": "benchmarks.trainer_throughput:measure",  # training step, against others' loops
+    "input_path": "benchmarks.input_path:measure",  # from files to views, against torchvision's loader
     "machine_share": "benchmarks.machine_share:measure",  # training step, against what the cores can do
     "sweep_overhead": "benchmarks.sweep_overhead:measure",  # a sweep, against trials in a bare loop
     "logistic_regression": "benchmarks.logistic_regression:measure",  # all C of a protocol, against scikit-learn
+    "linear_heads": "benchmarks.linear_heads:measure",  # 52 heads at once, against one
+    "fast_probes": "benchmarks.fast_probes:measure",  # all probes of a trial, against a minute
     "trial_turnaround": "benchmarks.trial_turnaround:measure",  # no-op trials, against fresh processes
 }

@@ -20,6 +20,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+data = typer.Typer(help="Data sets: the catalog, and checks of files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+FAULTY = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
 
@@ -239,6 +243,34 @@ def ui(
         raise ValueError(f"the tracking store cannot be opened: {error}") from error
     typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
     os.execve(command[0], command, {**os.environ, **environment})
+
+
+@data.command("list")
+def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON, with layouts.")] = False) -> None:
+    """Show the data sets of the catalog: what they provide, their licence, how to get them."""
+    from orchestrator import data
+
+    data.list_data(as_json=json_)
+
+
+@data.command("check")
+def check(
+    name: Annotated[
+        str, typer.Argument(help="A data set of the catalog, image_folder/NAME, or your own as package.module:build.")
+    ],
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder of its files.")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, max=2048, help="Side of decoded images in px. [default: as for training]")
+    ] = None,
+    storage: Storage = RUNS,
+    state: State = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON, with all faults.")] = False,
+) -> None:
+    """Open every image of a data set, count, name what is wrong (exit 1), and print the fingerprint."""
+    from orchestrator import data
+
+    if not data.check(name, root, size, (state or storage) / "cache", as_json=json_):
+        raise typer.Exit(FAULTY)
 
 
 @app.command()

@@ -14,10 +14,18 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 ALONE = {
     "mlflow": {"orchestrator/tracking_store.py"},
     "ray": {"orchestrator/run.py", "orchestrator/trial.py", "orchestrator/tune_callback.py"},
-    "timm": {"trainers/vit.py", "trainers/attention.py", "trainers/optim.py", "trainers/weight_files.py"},
-    "open_clip": {"trainers/methods/openclip.py", "trainers/text.py"},
+    "timm": {
+        "trainers/attention.py",
+        "trainers/data/hugging_face.py",
+        "trainers/data/imagenet.py",
+        "trainers/optim.py",
+        "trainers/vit.py",
+        "trainers/weight_files.py",
+    },
+    "open_clip": {"trainers/data/imagenet.py", "trainers/methods/openclip.py", "trainers/text.py"},
     "analysis": {"orchestrator/driver.py", "orchestrator/inspect.py"},  # besides analysis itself
     "trainers": {  # of the orchestrator: planning without torch, and the bridge to training
+        "orchestrator/data.py",
         "orchestrator/data_sets.py",
         "orchestrator/driver.py",
         "orchestrator/evaluate.py",

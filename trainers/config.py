@@ -188,7 +188,9 @@ class DataConfig(Section):
     )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="of generated data and of splits; not the trial's seed")
     decode_size: Annotated[int, Field(ge=8, le=2048)] | Literal["auto", "original"] = Field(
-        "auto", description="side in px to which images are decoded once; small crops see it, so it is identity"
+        "auto",
+        description="side in px to which images are decoded once; small crops see it, so it is identity; original "
+        "streams training images from their files at their own size, as the official code does",
     )
     fit: Literal["crop", "pad"] = Field(
         "crop",

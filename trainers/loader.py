@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from trainers import distributed
 from trainers.data import Split
+from trainers.data.streamed import Ahead, LazyTarget, Streamed
 from trainers.device import moved
 from trainers.methods import Batch, Upcoming
+from trainers.ragged import Images, Ragged
 from trainers.streams import Streams
 
 TARGETS = ("classes", "segmentation", "depth")  # those that are arrays with one entry an image
@@ -96,7 +99,11 @@ class Shares:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads this rank's images of a step, those targets of theirs that are needed, and what a method prepares."""
+    """Reads this rank's images of a step, those targets of theirs that are needed, and what a method prepares.
+
+    Images that are streamed are decoded several steps ahead, up to step `steps`; targets that only their squares have
+    are left out.
+    """
 
     split: Split
     order: Order
@@ -104,20 +111,43 @@ class Reader:
     needs: Collection[str]
     prepare: Prepare
     device: torch.device
+    steps: int | None = None
 
     def __call__(self, step: int) -> Batch:
-        positions = self.shares.positions()
-        indices = self.order(step)[positions]
-        names = [name for name in TARGETS if name in self.needs and name in self.split.targets]
-        upcoming = Upcoming(step, self.order.batch_size, positions, self._captions(indices))
+        indices, images = self._images(step)
+        targets = {name: self.split.targets.get(name) for name in TARGETS if name in self.needs}
+        upcoming = Upcoming(step, self.order.batch_size, self.shares.positions(), self._captions(indices))
         return Batch(
-            moved(torch.from_numpy(np.ascontiguousarray(self.split.images[indices])), self.device),
+            images,
             {
-                name: moved(torch.from_numpy(np.asarray(self.split.targets[name])[indices]), self.device)
-                for name in names
+                name: moved(torch.from_numpy(np.asarray(values)[indices]), self.device)
+                for name, values in targets.items()
+                if values is not None and not isinstance(values, LazyTarget)
             },
             self.prepare(upcoming),
         )
+
+    def close(self) -> None:
+        """Ends decoding ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _images(self, step: int) -> tuple[NDArray[np.int64], Images]:
+        """The images and their indices, which are others where some of those in the order cannot be read."""
+        if self._ahead is None:
+            indices = self._indices(step)
+            images = torch.from_numpy(np.ascontiguousarray(self.split.images[indices]))
+            return indices, moved(images, self.device)
+        indices, originals = self._ahead(step)
+        return indices, Ragged.of(originals).to(self.device)
+
+    def _indices(self, step: int) -> NDArray[np.int64]:
+        return self.order(step)[self.shares.positions()]
+
+    @functools.cached_property
+    def _ahead(self) -> Ahead | None:
+        images = self.split.images
+        return Ahead(images, self._indices, self.steps) if isinstance(images, Streamed) else None
 
     def _captions(self, indices: NDArray[np.int64]) -> list[str] | None:
         if CAPTIONS not in self.needs or CAPTIONS not in self.split.targets:
@@ -129,10 +159,14 @@ class Reader:
 def batches(read: Callable[[int], Batch], start: int, steps: int) -> Iterator[Batch]:
     """The batches of steps `start` … `steps` − 1; a thread reads the next one while the current one is used."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        upcoming = pool.submit(read, start) if start < steps else None
-        for step in range(start, steps):
-            assert upcoming is not None
-            batch = upcoming.result()
-            if step + 1 < steps:
-                upcoming = pool.submit(read, step + 1)
-            yield batch
+        try:
+            upcoming = pool.submit(read, start) if start < steps else None
+            for step in range(start, steps):
+                assert upcoming is not None
+                batch = upcoming.result()
+                if step + 1 < steps:
+                    upcoming = pool.submit(read, step + 1)
+                yield batch
+        finally:
+            if isinstance(read, Reader):
+                read.close()

@@ -18,6 +18,7 @@ from torch import Tensor
 from trainers import augment, color
 from trainers.method_settings import CropsConfig
 from trainers.methods import Batch, Views
+from trainers.ragged import Images, sizes_of
 from trainers.streams import Streams
 
 NUM_GLOBAL = 2
@@ -63,7 +64,7 @@ def multicrop_views(
     Every crop draws from a stream of its own, so that the number of local crops changes no other crop.
 
     Args:
-        batch: square images, uint8; parameters are drawn for all ranks' and its own rows of them used.
+        batch: images, uint8; parameters are drawn for all ranks' and its own rows of them used.
         image_size: S in px; s is `crops.local_size`.
         crops: areas, colours and number of crops.
         streams: of the trial.
@@ -106,7 +107,7 @@ def draw(batch: Batch, name: str, count: int, crops: CropsConfig, streams: Strea
     jittered = other[:, 3] < (JITTER_PROBABILITY if jitter else 0.0)
     low, high = augment.BLUR_SIGMA
     return Draws(
-        box=augment.resized_boxes(area, ratio, other[:, :2], batch.images.shape[1], scale),
+        box=augment.resized_boxes(area, ratio, other[:, :2], sizes_of(batch.images).repeat(count, 1), scale),
         flip=other[:, 2] < (0.5 if crops.flip else 0.0),
         factors=(unchanged + amounts * (2.0 * other[:, 4:8] - 1.0)).float(),
         order=torch.where(jittered[:, None], other[:, 8:12].argsort(dim=1), -1),
@@ -121,15 +122,16 @@ def _per_crop(probabilities: list[float], batch: int) -> Tensor:
     return torch.tensor(probabilities, dtype=torch.float64).repeat_interleave(batch)
 
 
-def apply(images: Tensor, draws: Draws, crop_size: int, blur_radius: int) -> Tensor:
-    """The crops, float32 [n, 3, S, S], of uint8 [B, H, H, 3]; each is changed only by what it drew."""
+def apply(images: Images, draws: Draws, crop_size: int, blur_radius: int) -> Tensor:
+    """The crops, float32 [n, 3, S, S], of uint8 [B, H, W, 3]; each is changed only by what it drew."""
     if images.device.type != "cpu":
-        pixels = _crops_by_matrices(images, draws, crop_size)
+        pixels = augment.resized_crop_by_matrices(images, draws.box, draws.flip, crop_size)
         return augment.standardise(_recoloured_(pixels, draws, blur_radius))
     result = torch.empty(len(draws.box), 3, crop_size, crop_size)
+    sources = list(images)
     for rows in _pieces(draws.order, augment.images_at_once(crop_size)):
         own = Draws(*(values[rows] for values in draws))
-        pixels = augment.resized_crop(images.index_select(0, rows % len(images)), own.box, own.flip, crop_size)
+        pixels = augment.cropped([sources[row % len(sources)] for row in rows.tolist()], own.box, own.flip, crop_size)
         result.index_copy_(0, rows, augment.standardise(_recoloured_(pixels, own, blur_radius)))
     return result
 
@@ -140,11 +142,6 @@ def _pieces(order: Tensor, at_once: int) -> list[Tensor]:
     rows = code.argsort(stable=True)
     lengths = torch.unique_consecutive(code[rows], return_counts=True)[1].tolist()
     return [piece for run in torch.split(rows, lengths) for piece in torch.split(run, at_once)]
-
-
-def _crops_by_matrices(images: Tensor, draws: Draws, crop_size: int) -> Tensor:
-    crops = zip(torch.split(draws.box, len(images)), torch.split(draws.flip, len(images)), strict=True)
-    return torch.cat([augment.resized_crop_by_matrices(images, box, flip, crop_size) for box, flip in crops])
 
 
 def _recoloured_(pixels: Tensor, draws: Draws, blur_radius: int) -> Tensor:

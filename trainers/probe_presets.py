@@ -37,7 +37,7 @@ _SEGMENTATION_PAPER: Settings = {
     "stride": 341,
 }
 
-# dinov2's linear configuration for NYU depth.
+# dinov2's configuration for NYU depth; facebookresearch/dinov2:dinov2/hub/depthers.py for the linear head.
 _DEPTH_PAPER: Settings = {
     "at": "end",
     "steps": 38_400,
@@ -47,13 +47,21 @@ _DEPTH_PAPER: Settings = {
     "warmup_steps": 12_800,
     "blocks": 4,
     "max_depth": 10.0,
+    "gradient_axes": "batch",  # a mistake there, which makes the gradient loss 0
+    "group_size": 2,  # of a GPU
     "whole": True,
+    "crop": "nyu",
+    "height": 416,
+    "width": 544,
+    "flip": True,
 }
 
-# valeoai/LOST main_lost.py; its biases for the paper are not published, hence a curve.
+# valeoai/LOST main_lost.py. The paper's biases are not published, hence a curve over the size that products of features
+# which are not normalised can have, from none to more than that of all.
 _OBJECT_DISCOVERY_PAPER: Settings = {
     "at": "end",
     "normalize": False,
+    "biases": (-3e3, -1e3, -300.0, -100.0, -30.0, -10.0, -3.0, -1.0, 0.0, 1.0, 10.0),
     "patches": 100,
     "images": 100_000_000,
     "whole": True,

@@ -20,6 +20,14 @@ def _data_set(name: str) -> str:
     )
 
 
+def _template(text: str) -> str:
+    if "{}" in text:
+        return text
+    raise ValueError(
+        f"is {shown(text)}, which has no place for a class; allowed: texts with {{}}, as in a photo of a {{}}"
+    )
+
+
 DataSets = Annotated[tuple[Annotated[str, AfterValidator(_data_set)], ...], LISTED, ONCE]
 At = Literal["every", "end"]
 
@@ -69,9 +77,9 @@ class ZeroShotConfig(Section):
 
     data: DataSets = DATA
     at: At = AT
-    templates: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=1_000)], ...], LISTED, ONCE] = Field(
-        (), description="texts with {} for the class; none stands for those of the data set"
-    )
+    templates: Annotated[
+        tuple[Annotated[str, Field(max_length=1_000), AfterValidator(_template)], ...], LISTED, ONCE
+    ] = Field((), description="texts with {} for the class; none stands for those of the data set")
 
 
 class SegmentationConfig(Section):
@@ -89,9 +97,15 @@ class SegmentationConfig(Section):
         False, description="images at their own size, randomly scaled and cropped in training, by windows in testing"
     )
     side: int | None = Field(
-        None, ge=1, le=4096, description="shorter side of whole images, and side of crops and windows in px; 512"
+        None,
+        ge=1,
+        le=4096,
+        description="shorter side of whole images, and side of crops and windows in px; null is that of the model; "
+        "512 in DINOv2",
     )
-    stride: int | None = Field(None, ge=1, le=4096, description="of windows over whole images in px; 341 in DINOv2")
+    stride: int | None = Field(
+        None, ge=1, le=4096, description="of windows over whole images in px; null is two thirds of side; 341 in DINOv2"
+    )
 
 
 class DepthConfig(Section):
@@ -111,8 +125,23 @@ class DepthConfig(Section):
     max_depth: Annotated[float, Field(gt=0, le=10_000)] | Literal["auto"] = Field(
         "auto", description="of the bins, in metres; auto is what the data set says: 10 for NYU depth"
     )
+    upsample: int = Field(4, ge=1, le=64, description="how much finer than the patches depth is predicted; 4 in DINOv2")
     gradient_weight: float = Field(0.5, ge=0, le=100, description="of the gradient loss beside SigLoss; 0.5 in DINOv2")
+    gradient_axes: Literal["image", "batch"] = Field(
+        "image", description="image: rows and columns; batch: images and channels, which DINOv2's code does by mistake"
+    )
+    group_size: int | None = Field(
+        None, ge=1, le=65_536, description="images that share a loss, null for all of a step; 2 in DINOv2, one GPU's"
+    )
     whole: bool = Field(False, description="images at their own size, cropped at random in training")
+    crop: Literal["none", "nyu"] = Field(
+        "none", description="of whole images; nyu: without NYU's margin in training, and the Eigen crop in testing"
+    )
+    height: int | None = Field(
+        None, ge=1, le=4096, description="of crops of whole images in px; null is that of the model; 416 in DINOv2"
+    )
+    width: int | None = Field(None, ge=1, le=4096, description="as height; 544 in DINOv2")
+    flip: bool = Field(False, description="whole images are tested together with their mirror images, as in DINOv2")
 
 
 class ObjectDiscoveryConfig(Section):
@@ -126,11 +155,13 @@ class ObjectDiscoveryConfig(Section):
     )
     normalize: bool = Field(True, description="features to length 1 before their products; LOST does not")
     biases: Annotated[tuple[Annotated[float, Field(ge=-1e6, le=1e6)], ...], LISTED, ONCE] = Field(
-        (-1.0, -0.8, -0.6, -0.4, -0.2, 0.0, 0.2),
+        (-0.9, -0.8, -0.6, -0.4, -0.2, 0.0, 0.1),
         min_length=1,
-        description="added to the products; the best on the first data set serves all, and the whole curve is kept",
+        description="added to the products; the best on the first data set serves all, and the whole curve is kept. "
+        "The paper does not publish its own",
     )
     patches: int = Field(100, ge=1, le=100_000, description="of lowest degree, that may extend the seed; 100 in LOST")
     images: int = Field(2_000, ge=1, le=100_000_000, description="most images of a split")
     whole: bool = Field(False, description="images at their own size, padded to whole patches, as in LOST")
     protocol_splits: bool = Field(False, description="on the splits that LOST is reported on, such as trainval")
+    pictures: int = Field(4, ge=0, le=32, description="test images whose stages are drawn at the end")

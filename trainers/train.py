@@ -202,7 +202,7 @@ class _Training:
         needs = catalog.METHODS[config.method].needs if config.method in catalog.METHODS else (*TARGETS, CAPTIONS)
         repeats = 1 if config.deit3 is None else config.deit3.repeats
         order = Order(len(self.data.train), config.optim.batch_size, self.streams, repeats)
-        return Reader(self.data.train, order, shares, needs, self.method.prepare, self.device)
+        return Reader(self.data.train, order, shares, needs, self.method.prepare, self.device, config.optim.steps)
 
     def _save_if_due(self, *, ask: bool) -> None:
         """Save at the end, at a step that is to be kept, and after a while: the first rank's clock, where we `ask`."""

@@ -30,6 +30,10 @@ from analysis.labels import metric_label, unit
             "test_time_registers/moved/change/test/knn/top1",
             "change of top-1 (k-NN, k = 20, test), test-time registers: moved",
         ),
+        ("test/object_discovery/corloc", "CorLoc (LOST, test)"),
+        ("test/object_discovery/bias", "bias (LOST, test)"),
+        ("test/object_discovery/voc2012/bias_-0.5/corloc", "CorLoc (bias −0.5, voc2012, LOST, test)"),
+        ("val/object_discovery/common_bias/corloc", "CorLoc (common bias, LOST, validation)"),
         ("recurrence/shift/content", "outliers that recur at the same content (shift)"),
         (
             "recurrence/scale_1_5/antialias/recurs",

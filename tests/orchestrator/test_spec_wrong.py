@@ -91,7 +91,7 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
     ),
     "data set that does not exist": (
         edited(TRIAL, "  data: {train: imagenet}\n"),
-        [(3, "data.train is 'imagenet', which does not exist; allowed: scenes, fashion_mnist, image_folder")],
+        [(3, "data.train is 'imagenet', which does not exist; did you mean imagenet1k?; allowed: scenes,")],
     ),
     "wrong member of a list": (
         edited(TRIAL, "  evaluation.knn.k: [10, x]\n"),

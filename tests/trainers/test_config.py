@@ -392,7 +392,7 @@ class TestDataOfProbes:
     def test_what_a_probe_needs_its_own_data_must_provide(self) -> None:
         settings = {"evaluation.probes": ["segmentation"], "data.train": "fashion_mnist"}
         with pytest.raises(
-            ConfigError, match="probe segmentation needs segmentation; data.train fashion_mnist provides"
+            ConfigError, match=r"probe segmentation needs segmentation; data.train fashion_mnist provides"
         ):
             resolve(settings)
         assert resolve({**settings, "evaluation.segmentation.data": ["scenes"]}).data.train == "fashion_mnist"

@@ -39,9 +39,13 @@ def test_a_users_own_data_set_by_dotted_path(tmp_path: Path, monkeypatch: pytest
             open_data(config.model_copy(update={"train": wrong}), ExecutionConfig(), 28, tmp_path)
 
 
-def test_original_sizes_are_refused_with_advice(tmp_path: Path) -> None:
-    config = DataConfig(train="image_folder", name="mine", decode_size="original")
-    with pytest.raises(ValueError, match=r"streaming of original sizes is not available; set data\.decode_size"):
+def test_original_sizes_are_refused_where_a_builder_gives_decoded_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_data_without_files.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = DataConfig(train="own_data_without_files:build", name="mine", decode_size="original")
+    with pytest.raises(ValueError, match=r"data\.decode_size original: own_data_without_files:build gives decoded"):
         open_data(config, ExecutionConfig(data_root=str(tmp_path)), 224, tmp_path)
 
 

@@ -105,7 +105,7 @@ def test_crops_by_matrices_are_those_of_the_integer_kernels(images: Tensor) -> N
     settings = crops_config(color_jitter=0.0, grayscale=0.0, blur=False, solarize=0.0)
     draws = multicrop.draw(Batch(images, {}), "local", 3, settings, Streams(2))
     by_integers = multicrop.apply(images, draws, 16, 6)
-    by_matrices = augment.standardise(multicrop._crops_by_matrices(images, draws, 16))
+    by_matrices = augment.standardise(augment.resized_crop_by_matrices(images, draws.box, draws.flip, 16))
     difference = ((by_integers - by_matrices) * STD * 255).abs()
     assert difference.mean() <= 0.5 and difference.max() <= 6.0  # rounded twice, and clipped in between
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,9 +38,21 @@ class Whole(NamedTuple):
     targets: Mapping[str, npt.NDArray[Any]]
 
 
+class Pixels(Protocol):
+    """What an array of images is to those who read it: rows by numbers, a slice or an array, and the shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: Any, /) -> npt.NDArray[np.uint8]: ...
+
+
 @dataclass(frozen=True)
 class Split:
     """One split of n images of side S; arrays are read-only memory maps in an order in which any prefix is a sample.
+
+    With `data.decode_size: original` training images are a trainers.data.streamed.Streamed instead, and what belongs
+    to their pixels LazyTargets: rows are decoded when they are taken.
 
     Attributes:
         images: uint8 [n, S, S, 3], RGB.
@@ -54,7 +66,7 @@ class Split:
         open_whole: gives an image at its own size by its path; None where the squares are all there is.
     """
 
-    images: npt.NDArray[np.uint8]
+    images: Pixels
     targets: Mapping[str, Any]
     paths: Sequence[str] | None = None
     open_whole: Callable[[str], Whole] | None = None
@@ -128,7 +140,18 @@ def open_data(
     Raises:
         ValueError: files are missing or damaged, or a setting is impossible; one line that says what to do.
     """
-    from trainers.data.cache import Source, open_source
+    from trainers.data.cache import open_source
+
+    return open_source(source_of(config, execution, image_size, cache), cache, progress or _quiet)
+
+
+def source_of(config: DataConfig, execution: ExecutionConfig, image_size: int, cache: Path) -> Source:
+    """What `open_data` would decode: the files are found, nothing is decoded yet.
+
+    Raises:
+        ValueError: files are missing, or a setting is impossible; one line that says what to do.
+    """
+    from trainers.data.cache import Source
 
     own = config.train not in catalog.DATASETS
     build = load(config.train if own else catalog.DATASETS[config.train].build)
@@ -142,7 +165,10 @@ def open_data(
         raise ValueError(
             f"data.train {config.train!r} gave {type(source).__name__}; needed: trainers.data.cache.Source"
         )
-    return open_source(source, cache, progress or _quiet)
+    native = None if own else catalog.DATASETS[config.train].decode_size
+    if config.decode_size == "original" and native is None and source.streaming is None:
+        raise ValueError(f"data.decode_size original: {config.train} gives decoded images only; set it in px")
+    return source
 
 
 def evaluation_configs(config: TrialConfig) -> dict[str, DataConfig]:
@@ -186,12 +212,13 @@ def _quiet(*_: object) -> None:
 
 
 def _side(config: DataConfig, image_size: int) -> int:
-    """Side in px of the decoded images; where `auto` is left, as trainers.config.resolve decides it."""
+    """Side in px of the decoded images, with `original` of those that evaluation sees.
+
+    Where no number is left, as trainers.config.resolve decides `auto`.
+    """
     if isinstance(config.decode_size, int):
         return config.decode_size
     native = catalog.DATASETS[config.train].decode_size if config.train in catalog.DATASETS else None
     if native is not None:
         return native
-    if config.decode_size == "original":
-        raise ValueError("data.decode_size: streaming of original sizes is not available; set data.decode_size in px")
-    return image_size * 8 // 7
+    return max(image_size * 8 // 7, 8)

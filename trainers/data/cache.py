@@ -15,21 +15,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainers import catalog
 from trainers.data import SPLITS, DataSet, Progress, Split, Whole
-from trainers.data.rows import Array, RowStream, Texts
+from trainers.data.rows import Array, RowHash, RowStream, Texts
 from trainers.files import sync_folder
+
+if TYPE_CHECKING:
+    from trainers.data.streamed import Streamed
 
 FORMAT = 1  # of the folders; part of their names
 META = "meta.json"
 UNREADABLE = "unreadable.txt"
+ENCODED = "encoded"  # of images that stay so: how many bytes each has
+REMARKS = "remarks.txt"  # only where there are some
 _MORE_NAMED = 100  # unreadable files past the limit that are still looked for, so that a user can mend all at once
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How training images stay encoded and are decoded when they are asked for; see trainers.data.streamed.
+
+    Attributes:
+        index: writes what is known without decoding, by `Writer.index`, and all of the other splits.
+        opened: gives the training images and those of their targets that need an image decoded, from the cache
+            folder and the number of images that are unreadable already.
+    """
+
+    index: Callable[[Writer, Progress], None]
+    opened: Callable[[Path, int], tuple[Streamed, Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,8 @@ class Source:
         max_unreadable: fraction of the candidates that may be.
         whole: gives an image at its own size by split and path; None where the squares are all there is.
         segmentation_names, templates, max_depth, protocol_splits: as trainers.data.DataSet has them.
+        notes: what a user should know of what was found, a sentence each.
+        streaming: how training images are streamed instead of being decoded ahead; None where they are not.
     """
 
     name: str
@@ -58,6 +79,8 @@ class Source:
     templates: tuple[str, ...] = ("a photo of a {}.",)
     max_depth: float | None = None
     protocol_splits: tuple[str, ...] = ("test",)
+    notes: tuple[str, ...] = ()
+    streaming: Streaming | None = None
 
     @property
     def folder_name(self) -> str:
@@ -72,8 +95,9 @@ class Writer:
 
     def __init__(self, folder: Path, source: Source) -> None:
         self._folder, self._source = folder, source
-        self._streams: dict[str, RowStream] = {}
+        self._streams: dict[str, RowHash] = {}
         self.unreadable: list[tuple[str, str]] = []
+        self.remarks: list[tuple[str, str]] = []
 
     def append(self, split: str, images: Array, targets: Mapping[str, Any], paths: Sequence[str] | None = None) -> None:
         """Adds n images (uint8 [n, S, S, 3]) with their targets (first axis n; strings for captions) to a split.
@@ -83,10 +107,18 @@ class Writer:
         texts = {"captions": targets["captions"]} if "captions" in targets else {}
         if paths is not None:
             texts["paths"] = paths
-        arrays = {"images": images, **{name: t for name, t in targets.items() if name != "captions"}}
+        self._rows(split, {"images": images} | {n: t for n, t in targets.items() if n != "captions"}, texts)
+
+    def index(self, encoded: Array, targets: Mapping[str, Any], paths: Sequence[str]) -> None:
+        """Adds n training images that stay encoded: how many bytes each has (int64 [n]), targets and references."""
+        texts = {"paths": paths} | ({"captions": targets["captions"]} if "captions" in targets else {})
+        self._rows("train", {ENCODED: encoded} | {n: t for n, t in targets.items() if n != "captions"}, texts)
+
+    def _rows(self, split: str, arrays: Mapping[str, Any], texts: Mapping[str, Sequence[str]]) -> None:
+        count = len(next(iter(arrays.values())))
         for name, rows in (*arrays.items(), *texts.items()):
-            if len(rows) != len(images):
-                raise ValueError(f"{len(rows)} {name} for {len(images)} images")
+            if len(rows) != count:
+                raise ValueError(f"{len(rows)} {name} for {count} images")
         for name, rows in arrays.items():
             self._stream(f"{split}.{name}", np.asarray(rows))
         for name, strings in texts.items():
@@ -100,8 +132,11 @@ class Writer:
 
     def _stream(self, name: str, rows: Array) -> None:
         if name not in self._streams:
-            self._streams[name] = RowStream(self._folder / f"{name}.npy", rows)
+            self._streams[name] = self._begun(name, rows)
         self._streams[name].append(rows)
+
+    def _begun(self, name: str, first: Array) -> RowHash:
+        return RowStream(self._folder / f"{name}.npy", first)
 
     def skip(self, path: str, reason: str) -> None:
         """Counts and names an unreadable file.
@@ -113,17 +148,28 @@ class Writer:
         if len(self.unreadable) > _limit(self._source) + _MORE_NAMED:
             raise TooManyUnreadable
 
+    def remark(self, path: str, what: str) -> None:
+        """Counts and names what was corrected, or may be wrong, of an image that stays."""
+        self.remarks.append((path, " ".join(what.split())))
+
     def close(self) -> None:
         """Syncs all files and writes meta.json, without which a folder does not count, last."""
-        self._check()
+        self.check()
         described = {name: stream.close() for name, stream in sorted(self._streams.items())}
-        content = [f"{name} {line}" for name, line in described.items() if ".paths." not in name]
         _write_synced(self._folder / UNREADABLE, _listing(self.unreadable))
+        if self.remarks:
+            _write_synced(self._folder / REMARKS, _listing(self.remarks))
+            logger.warning(
+                "data set %r: %d remarks on its images, the first on %s: %s; all are in %s",
+                *(self._source.name, len(self.remarks), _shown(self.remarks[0][0]), self.remarks[0][1]),
+                f"{self._source.folder_name}/{REMARKS}",
+            )
         meta = {
             "format": FORMAT,
             "key": dict(self._source.key),
-            "fingerprint": hashlib.sha256("\n".join(content).encode()).hexdigest()[:16],
+            "fingerprint": fingerprint(described),
             "unreadable": [path for path, _ in self.unreadable],
+            "remarks": len(self.remarks),
             "files": {path.name: path.stat().st_size for path in sorted(self._folder.iterdir())},
         }
         _write_synced(self._folder / META, json.dumps(meta, indent=1))
@@ -133,11 +179,13 @@ class Writer:
         for stream in self._streams.values():
             stream.release()
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """The splits are complete and alike; what users' own builders get wrong is said here."""
         if len(self.unreadable) > _limit(self._source):
             raise TooManyUnreadable
         names = [{n.partition(".")[2] for n in self._streams if n.startswith(f"{split}.")} for split in SPLITS]
+        if ENCODED in names[0]:  # some targets are only there once an image is decoded
+            names[0] = names[1]
         for split, found in zip(SPLITS, names, strict=True):
             if "images" not in found:
                 raise ValueError(f"data set {self._source.name!r} has no images left for its {split} split")
@@ -145,6 +193,20 @@ class Writer:
                 raise ValueError(
                     f"data set {self._source.name!r}: {split} has {sorted(found)}, train {sorted(names[0])}"
                 )
+
+
+def fingerprint(described: Mapping[str, str]) -> str:
+    """16 digits that stand for the content of a data set, not for file names, from what its streams say of theirs.
+
+    Images that stay encoded are never read as a whole: their names and sizes stand for them.
+    """
+    named = "train.paths." if f"train.{ENCODED}" in described else None
+    content = [
+        f"{name} {line}"
+        for name, line in sorted(described.items())
+        if ".paths." not in name or (named and name.startswith(named))
+    ]
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()[:16]
 
 
 class TooManyUnreadable(Exception):
@@ -196,7 +258,8 @@ def _built(source: Source, folder: Path, progress: Progress) -> DataSet:
     temporary.mkdir()
     writer = Writer(temporary, source)
     try:
-        source.write(writer, progress)
+        write = source.write if source.streaming is None else source.streaming.index
+        write(writer, progress)
         writer.close()
         sync_folder(temporary)
         temporary.rename(folder)
@@ -220,8 +283,8 @@ def _opened(source: Source, folder: Path) -> DataSet | None:
         for name, size in meta["files"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} does not have its {size:,} bytes")
-        splits = {split: _opened_split(source, folder, split, meta["files"]) for split in SPLITS}
         fingerprint, unreadable = str(meta["fingerprint"]), tuple(meta["unreadable"])
+        splits = {split: _opened_split(source, folder, split, meta["files"], len(unreadable)) for split in SPLITS}
     except FileNotFoundError as error:
         if folder.exists():
             logger.warning("%s is incomplete (%s) and is built again", folder, error)
@@ -246,7 +309,7 @@ def _opened(source: Source, folder: Path) -> DataSet | None:
     )
 
 
-def _opened_split(source: Source, folder: Path, split: str, files: Mapping[str, int]) -> Split:
+def _opened_split(source: Source, folder: Path, split: str, files: Mapping[str, int], unreadable: int) -> Split:
     arrays: dict[str, Any] = {}
     for file in files:
         if file.startswith(f"{split}.") and file.endswith(".npy"):
@@ -255,6 +318,10 @@ def _opened_split(source: Source, folder: Path, split: str, files: Mapping[str, 
     for name in [name.removesuffix(".utf8") for name in arrays if name.endswith(".utf8")]:
         arrays[name] = Texts(arrays.pop(f"{name}.utf8"), arrays.pop(f"{name}.ends"))
     whole = None if source.whole is None else functools.partial(source.whole, split)
+    if split == "train" and source.streaming is not None:
+        del arrays[ENCODED]
+        arrays["images"], decoded = source.streaming.opened(folder, unreadable)
+        arrays |= decoded
     return Split(arrays.pop("images"), paths=arrays.pop("paths", None), targets=arrays, open_whole=whole)
 
 

@@ -19,19 +19,32 @@ def member(archive: str, offset: int, size: int, name: str) -> str:
     return f"{archive}@{offset}+{size}@{name}"
 
 
+def encoded_size(root: Path, reference: str) -> int:
+    """How many bytes `opened` gives; -1 where there is no such file."""
+    found = _MEMBER.fullmatch(reference)
+    if found is not None:
+        return int(found["size"])
+    try:
+        return (root / reference).stat().st_size
+    except OSError:  # whoever opens it says so
+        return -1
+
+
 def opened(root: Path, reference: str) -> Path | io.BytesIO:
     """What Pillow and others open: the path of a file, or the bytes of a member.
 
     Raises:
-        OSError: it is no file (a pipe would block), or the archive ends before the member does.
+        OSError: it is no file (a pipe would block), it is empty, or the archive ends before the member does.
     """
     found = _MEMBER.fullmatch(reference)
     path = root / (found["archive"] if found else reference)
     if not path.is_file():
         raise OSError("is not a file")
+    size = int(found["size"]) if found else path.stat().st_size
+    if size == 0:
+        raise OSError("is empty")
     if found is None:
         return path
-    size = int(found["size"])
     file = os.open(path, os.O_RDONLY)
     try:
         content = os.pread(file, size, int(found["offset"]))

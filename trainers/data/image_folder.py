@@ -54,7 +54,8 @@ def _found(root: Path) -> tuple[tuple[str, ...], dict[str, Listing], str]:
         if not folders:
             continue
         folder = folders[0]
-        names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
         if split == "train":
             class_names = tuple(names)
         unknown = [name for name in names if name not in class_names]
@@ -68,9 +69,12 @@ def _listing(folder: Path, names: list[str], class_names: tuple[str, ...], diges
     """The files in the class folders `names` of a split's folder; adds names, sizes and times of change to `digest`."""
     paths: list[str] = []
     classes: list[int] = []
+    above = {folder.resolve(), *folder.resolve().parents}
     for name in names:
+        if (folder / name).resolve() in above:  # a link: its images would be those of all classes
+            raise ValueError(f"{folder / name} is a link to a folder that it is in; it is no class")
         before = len(paths)
-        for path, stamp in _images(str(folder / name), f"{folder.name}/{name}"):
+        for path, stamp in images_below(str(folder / name), f"{folder.name}/{name}"):
             paths.append(path)
             digest.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))
         if len(paths) == before:
@@ -81,7 +85,7 @@ def _listing(folder: Path, names: list[str], class_names: tuple[str, ...], diges
     return Listing(tuple(paths), {"classes": np.array(classes, np.int64)})
 
 
-def _images(folder: str, relative: str) -> Iterator[tuple[str, str]]:
+def images_below(folder: str, relative: str) -> Iterator[tuple[str, str]]:
     """Files that by their names are images, in and below a folder, in a fixed order, with size and time of change."""
     with os.scandir(folder) as entries:  # millions of files: Path costs four times as much
         found = sorted(entries, key=lambda entry: entry.name)
@@ -89,7 +93,7 @@ def _images(folder: str, relative: str) -> Iterator[tuple[str, str]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _images(entry.path, f"{relative}/{entry.name}")
+            yield from images_below(entry.path, f"{relative}/{entry.name}")
         elif f".{entry.name.rpartition('.')[2].lower()}" in SUFFIXES:
             yield f"{relative}/{entry.name}", _stamp(entry)
 

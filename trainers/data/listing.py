@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +19,11 @@ import numpy.typing as npt
 
 from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
-from trainers.data import SPLITS, Progress, Whole
+from trainers.data import IGNORED, SPLITS, Progress, Whole
 from trainers.data.cache import Source, Writer
 from trainers.data.encoded import opened
-from trainers.data.pictures import Square, decode, decode_whole, square
+from trainers.data.labels import boxes_within, known_depth
+from trainers.data.pictures import Square, Stored, decode, decode_stored, square
 from trainers.data.splits import held_out, uniforms
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"))
@@ -79,12 +80,20 @@ class Description:
         read: how files of maps are read, by target.
         facts: fields of trainers.data.cache.Source that describe the data set: segmentation_names and the like.
         key: what decides the content besides files, seed, size and fit.
+        faults: what was found and is no image with all that belongs to it, by name and with the reason; counts as
+            unreadable.
+        sizes: width and height in px that annotations state, by the image's reference; other images are refused.
+        open: from the root and a reference to what Pillow opens; other than `encoded.opened` where images are neither
+            files nor members of archives.
     """
 
     class_names: tuple[str, ...] = ()
     read: Mapping[str, ReadMap] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     key: Mapping[str, object] = field(default_factory=dict)
+    faults: tuple[tuple[str, str], ...] = ()
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    open: Callable[[Path, str], Any] = opened
 
 
 def root_of(config: DataConfig, execution: ExecutionConfig) -> Path:
@@ -103,17 +112,24 @@ def root_of(config: DataConfig, execution: ExecutionConfig) -> Path:
     return own if own.is_dir() else root
 
 
-def stamps(root: Path, paths: Iterator[str] | tuple[str, ...]) -> str:
+def stamps(root: Path, paths: Iterable[str]) -> str:
     """A hash of names, sizes and times of change by which other content under the same names is noticed."""
     digest = hashlib.sha256()
+    archive, stamp = None, ""
     for path in paths:
-        try:
-            status = (root / path.partition("@")[0]).stat()
-            stamp = f"{status.st_size} {status.st_mtime_ns}"
-        except OSError as error:  # decoding will name it as unreadable
-            stamp = f"error {error.errno}"
+        file, member, _ = path.partition("@")
+        if not member or file != archive:  # members of an archive follow one another
+            stamp, archive = _stamp(root / file), file if member else None
         digest.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError as error:  # decoding will name it as unreadable
+        return f"error {error.errno}"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def source(
@@ -144,14 +160,16 @@ def source(
     for split in SPLITS:
         order = uniforms(config.seed, _ORDER + SPLITS.index(split), 0, len(splits[split]), 1)[:, 0].argsort()
         splits[split] = splits[split].where(order)
-    total = sum(len(listing) for listing in splits.values())
+    total = sum(len(listing) for listing in splits.values()) + len(described.faults)
     workers = execution.threads or len(os.sched_getaffinity(0))
-    decoder = _Decoder(root, described, side, config.fit, _most_boxes(splits))
+    decoder = Decoder(root, described, side, config.fit, _most_boxes(splits))
 
-    def write(writer: Writer, progress: Progress) -> None:
-        done = 0
+    def write(writer: Writer, progress: Progress, of: Collection[str] = SPLITS) -> None:
+        for path, reason in described.faults:
+            writer.skip(path, reason)
+        done = len(described.faults)
         with ThreadPoolExecutor(workers) as pool:  # Pillow decodes and resizes without the interpreter's lock
-            for split in SPLITS:
+            for split in of:
                 for batch in _batches(splits[split], side, workers):
                     decoder.write(split, batch, pool, writer)
                     done += len(batch)
@@ -167,7 +185,12 @@ def source(
     if config.fit != "crop":  # caches from before there was a choice stay valid
         key["fit"] = config.fit
     made = Source(name, key, described.class_names, write, total, config.max_unreadable, **described.facts)
-    return replace(made, whole=_Wholes(root, described, splits))
+    made = replace(made, whole=_Wholes(root, described, splits))
+    if config.decode_size == "original":
+        from trainers.data.streamed import streaming  # PyTorch: not for those who only look for files
+
+        return replace(made, **streaming(made, splits["train"], decoder, write, workers))
+    return made
 
 
 def divided(found: Mapping[str, Listing], config: DataConfig, name: str) -> dict[str, Listing]:
@@ -206,7 +229,7 @@ def _batches(listing: Listing, side: int, workers: int) -> Iterator[Listing]:
 
 
 @dataclass(frozen=True)
-class _Decoder:
+class Decoder:
     """Decodes batches of a listing into a cache."""
 
     root: Path
@@ -221,7 +244,10 @@ class _Decoder:
         for path, result in zip(batch.paths, decoded, strict=True):
             if isinstance(result, str):
                 writer.skip(path, result)
-        images = [result for result in decoded if not isinstance(result, str)]
+            else:
+                for remark in result[1]:
+                    writer.remark(path, remark)
+        images = [result[0] for result in decoded if not isinstance(result, str)]
         if not images:
             return
         kept = batch.where(np.array([not isinstance(result, str) for result in decoded]))
@@ -239,13 +265,21 @@ class _Decoder:
             row[: len(of_image)] = of_image
         return padded
 
-    def _attempt(self, batch: Listing, row: int) -> Square | str:
-        """The decoded image, or why there is none."""
+    def decoded(self, batch: Listing, row: int) -> tuple[Square, tuple[str, ...]]:
+        """The image as a square, with what is to be said of it.
+
+        Raises:
+            Exception: as `read_whole`.
+        """
+        if not batch.maps and "boxes" not in batch.targets:
+            return decode(self.described.open(self.root, batch.paths[row]), self.side, self.fit), ()
+        whole, remarks = _checked(self.root, batch, row, self.described)
+        return square(whole.pixels, whole.targets, self.side, self.fit), remarks
+
+    def _attempt(self, batch: Listing, row: int) -> tuple[Square, tuple[str, ...]] | str:
+        """The decoded image with what is to be said of it, or why there is none."""
         try:
-            if not batch.maps and "boxes" not in batch.targets:
-                return decode(opened(self.root, batch.paths[row]), self.side, self.fit)
-            whole = read_whole(self.root, batch, row, self.described.read)
-            return square(whole.pixels, whole.targets, self.side, self.fit)
+            return self.decoded(batch, row)
         except Exception as error:  # noqa: BLE001  (decoders raise nearly anything on damaged files; all are named)
             reason = str(error)
             return reason if isinstance(error, OSError) and reason == "is not a file" else f"{_kind(error)}: {error}"
@@ -255,26 +289,52 @@ def _kind(error: Exception) -> str:
     return type(error).__name__
 
 
-def read_whole(root: Path, listing: Listing, row: int, read: Mapping[str, ReadMap]) -> Whole:
-    """One image at its own size with what belongs to it.
+def read_whole(root: Path, listing: Listing, row: int, described: Description) -> Whole:
+    """One image at its own size with what belongs to it: depth is known or 0, boxes lie within the image.
 
     Raises:
-        ValueError: a map has another size than the image.
+        ValueError: a map has another size than the image, or annotations state another.
         Exception: what decoders raise on damaged files.
     """
-    pixels = decode_whole(opened(root, listing.paths[row]))
+    return _checked(root, listing, row, described)[0]
+
+
+def _checked(root: Path, listing: Listing, row: int, described: Description) -> tuple[Whole, tuple[str, ...]]:
+    """As `read_whole`, with what was corrected or may be wrong."""
+    path = listing.paths[row]
+    pixels, stored = decode_stored(described.open(root, path))
+    height, width = pixels.shape[:2]
     targets: dict[str, npt.NDArray[Any]] = {}
+    remarks: list[str] = []
+    if path in described.sizes:
+        _require_size("annotation", described.sizes[path], (width, height), stored)
     for name, paths in listing.maps.items():
-        values = read[name](opened(root, paths[row]))
-        if values.shape != pixels.shape[:2]:
-            raise ValueError(
-                f"its {name} has {values.shape[1]} × {values.shape[0]} px, the image {pixels.shape[1]} × "
-                f"{pixels.shape[0]}"
-            )
-        targets[name] = values
+        values = _read_map(root, name, paths[row], described)
+        _require_size(name, (values.shape[1], values.shape[0]), (width, height), stored)
+        targets[name] = known_depth(values) if name == "depth" else values
+        if (targets[name] == (0 if name == "depth" else IGNORED)).all():
+            remarks.append(f"its {name} is known nowhere")
     if "boxes" in listing.targets:
-        targets["boxes"] = np.asarray(listing.targets["boxes"][row], np.float32)
-    return Whole(pixels, targets)
+        boxes = np.asarray(listing.targets["boxes"][row], np.float32).reshape(-1, 5)
+        targets["boxes"], changed = boxes_within(boxes, width, height)
+        remarks += changed
+    if stored.orientation != 1:
+        remarks.append(f"EXIF turns it (orientation {stored.orientation}): what belongs to it has to be upright")
+    return Whole(pixels, targets), tuple(remarks)
+
+
+def _read_map(root: Path, name: str, path: str, described: Description) -> npt.NDArray[Any]:
+    """A map, so that whoever fails says which file it was: the image's name alone would mislead."""
+    try:
+        return described.read[name](described.open(root, path))
+    except Exception as error:
+        raise ValueError(f"its {name} {path}: {error}") from error
+
+
+def _require_size(what: str, given: tuple[int, int], size: tuple[int, int], stored: Stored) -> None:
+    if given != size:
+        turned = " turned as EXIF says" if stored.size == given else ""
+        raise ValueError(f"its {what} has {given[0]} × {given[1]} px, the image{turned} {size[0]} × {size[1]}")
 
 
 class _Wholes:
@@ -288,4 +348,4 @@ class _Wholes:
         listing = self._splits[split]
         if split not in self._rows:
             self._rows[split] = {known: row for row, known in enumerate(listing.paths)}
-        return read_whole(self._root, listing, self._rows[split][path], self._described.read)
+        return read_whole(self._root, listing, self._rows[split][path], self._described)

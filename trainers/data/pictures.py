@@ -6,13 +6,14 @@ Shapes: H × W px of an image, K objects in it.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from trainers.data import IGNORED
 
@@ -48,7 +49,44 @@ def decode(source: Path | io.BytesIO, side: int, fit: str = "crop") -> Square:
 
 def decode_whole(source: Path | io.BytesIO) -> npt.NDArray[np.uint8]:
     """An image file at its own size, uint8 [H, W, 3], otherwise as `decode`."""
-    return np.asarray(_read(source))
+    return decode_stored(source)[0]
+
+
+def decode_stored(source: Path | io.BytesIO) -> tuple[npt.NDArray[np.uint8], Stored]:
+    """As `decode_whole`, with how the file stores the image."""
+    with upright(source) as (image, stored):
+        return np.asarray(_rgb(image)), stored
+
+
+class Stored(NamedTuple):
+    """How a file stores an image: width and height in px there, and EXIF's orientation, 1 where it is upright."""
+
+    size: tuple[int, int]
+    orientation: int
+
+
+@contextmanager
+def upright(source: Path | io.BytesIO, draft: int | None = None) -> Iterator[tuple[Image.Image, Stored]]:
+    """An image file, its first frame turned as EXIF says, with the pixels that it stores.
+
+    Args:
+        source: path or bytes of the file.
+        draft: side in px that is enough, for JPEG.
+
+    Raises:
+        ValueError: more than MAX_PIXELS.
+        Exception: what Pillow raises on damaged files.
+    """
+    with Image.open(source) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width} × {file.height} px are more than {MAX_PIXELS:,}")
+        size = file.size
+        if draft is not None:
+            file.draft(None, (draft, draft))
+        file.load()
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+        ImageOps.exif_transpose(file, in_place=True)
+        yield file, Stored(size, orientation if orientation in range(1, 9) else 1)
 
 
 def square(
@@ -65,15 +103,9 @@ def square(
     return _squared(Image.fromarray(pixels), targets, side, fit)
 
 
-def _read(source: Path | io.BytesIO, draft: int | None = None) -> Image.Image:
-    with Image.open(source) as file:
-        if file.width * file.height > MAX_PIXELS:
-            raise ValueError(f"{file.width} × {file.height} px are more than {MAX_PIXELS:,}")
-        if draft is not None:
-            file.draft(None, (draft, draft))
-        file.load()
-        ImageOps.exif_transpose(file, in_place=True)
-        return _rgb(file)
+def _read(source: Path | io.BytesIO, draft: int) -> Image.Image:
+    with upright(source, draft) as (image, _):
+        return _rgb(image)
 
 
 def _squared(image: Image.Image, targets: Mapping[str, npt.NDArray[Any]], side: int, fit: str) -> Square:

@@ -35,28 +35,50 @@ class Texts(Sequence[str]):
         return self._utf8[start : int(self._ends[position])].tobytes().decode("utf-8", "surrogateescape")
 
 
-class RowStream:
-    """One .npy file that grows by rows. Written, not mapped: on a full disk a write raises, a map kills the process."""
+class RowHash:
+    """What describes rows that come one after another, which are not kept."""
 
-    def __init__(self, path: Path, first: Array) -> None:
+    def __init__(self, first: Array) -> None:
         self.rows, self._dtype, self._inner = 0, first.dtype, first.shape[1:]
-        self._file, self._hash = path.open("wb"), hashlib.sha256()
-        self._write_header()
+        self._hash = hashlib.sha256()
 
     def append(self, rows: Array) -> None:
+        """Adds rows; they have the type and shape of those before."""
         if (rows.dtype, rows.shape[1:]) != (self._dtype, self._inner):
             raise ValueError(f"rows are {rows.dtype} {rows.shape[1:]}, those before {self._dtype} {self._inner}")
         data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
         self._hash.update(data)
-        self._file.write(data)
+        self._keep(data)
         self.rows += len(rows)
+
+    def close(self) -> str:
+        """A description of the content: type, shape, hash."""
+        return f"{self._dtype.str} {(self.rows, *self._inner)} {self._hash.hexdigest()}"
+
+    def release(self) -> None:
+        """Ends without a description."""
+
+    def _keep(self, data: memoryview) -> None:
+        """What becomes of the bytes of rows."""
+
+
+class RowStream(RowHash):
+    """One .npy file that grows by rows. Written, not mapped: on a full disk a write raises, a map kills the process."""
+
+    def __init__(self, path: Path, first: Array) -> None:
+        super().__init__(first)
+        self._file = path.open("wb")
+        self._write_header()
+
+    def _keep(self, data: memoryview) -> None:
+        self._file.write(data)
 
     def close(self) -> str:
         """Syncs the file and returns a description of its content: type, shape, hash."""
         self._write_header()
         os.fsync(self._file.fileno())
         self._file.close()
-        return f"{self._dtype.str} {(self.rows, *self._inner)} {self._hash.hexdigest()}"
+        return super().close()
 
     def release(self) -> None:
         """Closes the file without completing it."""

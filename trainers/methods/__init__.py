@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from trainers.config import TrialConfig
+from trainers.ragged import Images
 from trainers.streams import Streams
 from trainers.vit import Tokens
 
@@ -21,7 +22,7 @@ Views = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """A rank's images of a micro-batch, uint8 [B, H, W, 3], and what belongs to them, on the device.
+    """A rank's images of a micro-batch, uint8 [B, H, W, 3] or Ragged, and what belongs to them, on the device.
 
     Random numbers are drawn for all `total` images of the micro-batch, and the rows `own` of them used: with several
     ranks each holds B of the total.
@@ -34,7 +35,7 @@ class Batch:
         total: images of that micro-batch; 0 stands for B.
     """
 
-    images: Tensor
+    images: Images
     targets: Mapping[str, Tensor]
     prepared: Mapping[str, Tensor] = field(default_factory=dict)
     first: int = 0

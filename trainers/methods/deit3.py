@@ -24,6 +24,7 @@ from trainers import augment
 from trainers.config import TrialConfig
 from trainers.method_settings import DeiT3Config
 from trainers.methods import Batch, Method, Progress, Views, initialise_
+from trainers.ragged import sizes_of
 from trainers.streams import Streams
 
 SWITCH_PROBABILITY = 0.5  # of CutMix where mixup is on as well
@@ -61,10 +62,9 @@ class DeiT3(Method):
         Raises:
             ValueError: this rank's share of the micro-batch does not consist of whole groups.
         """
-        source = batch.images.shape[1]
-        drawn = augment.draw(batch.drawn, source, self.image_size, self.settings, streams.torch("augment"))
-        own = augment.Draws(*(values[batch.own] for values in drawn))
-        images = augment.apply(batch.images, own, self.image_size, self.settings)
+        source, generator = sizes_of(batch.images), streams.torch("augment")
+        draws = augment.draw(batch.drawn, source, self.image_size, self.settings, generator, batch.own)
+        images = augment.apply(batch.images, draws, self.image_size, self.settings)
         size = self.settings.mix_group_size or batch.drawn
         mixes, classes = self._mixes(batch, size, streams), torch.split(batch.targets["classes"], size)
         for mix, group in zip(mixes, torch.split(images, size), strict=True):

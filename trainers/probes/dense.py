@@ -1,0 +1,146 @@
+"""What probes that predict every pixel share: patch tokens as maps, padding to whole patches, training of their heads.
+
+Shapes: B images, N = h × w patches, D width, H × W px of an image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from trainers.probes.features import evaluating, taps
+from trainers.probes.seen import SeenSplit
+
+Job = TypeVar("Job")
+Made = TypeVar("Made")
+
+_AHEAD = 2  # batches that are made while one is learned from
+
+
+def center_padded(images: Tensor, patch_size: int) -> Tensor:
+    """Images [B, C, H, W] with zeros around them up to whole patches, the odd pixel at the right and the bottom.
+
+    Source: facebookresearch/dinov2:dinov2/hub/utils.py, CenterPadding.
+    """
+    padding: list[int] = []
+    for size in reversed(images.shape[2:]):
+        missing = -size % patch_size
+        padding += [missing // 2, missing - missing // 2]
+    return F.pad(images, padding)
+
+
+def as_map(tokens_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patch tokens on their grid, [B, D, h, w]."""
+    return tokens_BND.transpose(1, 2).reshape(len(tokens_BND), tokens_BND.shape[2], *grid)
+
+
+def filled(tokens_BND: Tensor) -> Tensor:
+    """Tokens with NaN of deleted patches replaced by the mean over the image's other patches.
+
+    Raises:
+        FloatingPointError: an image has none left, or values are infinite: the weights have diverged.
+    """
+    gone_BN1 = tokens_BND.isnan().any(dim=2, keepdim=True)
+    if bool(gone_BN1.any()):
+        kept_BND = tokens_BND.masked_fill(gone_BN1, 0.0)
+        count_B11 = (~gone_BN1).sum(dim=1, keepdim=True)
+        tokens_BND = torch.where(gone_BN1, kept_BND.sum(dim=1, keepdim=True) / count_B11, tokens_BND)
+    if not bool(tokens_BND.isfinite().all()):
+        raise FloatingPointError("features are not finite: the weights have diverged")
+    return tokens_BND
+
+
+def batches(num_images: int, batch_size: int, steps: int, generator: torch.Generator) -> Iterator[NDArray[np.int64]]:
+    """Positions of each step's images: shuffled passes over all of them, one after another."""
+    wanted = steps * batch_size
+    passes = [torch.randperm(num_images, generator=generator) for _ in range(math.ceil(wanted / num_images))]
+    yield from torch.cat(passes)[:wanted].view(steps, batch_size).numpy()
+
+
+def poly(step: int, steps: int) -> float:
+    """Factor of the learning rate that falls linearly to 0, mmcv's poly policy of power 1."""
+    return 1.0 - step / steps
+
+
+def cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate that falls to 0 along a cosine, mmcv's CosineAnnealing."""
+    return 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def warmed_up(factor: float, step: int, warmup_steps: int, start: float) -> float:
+    """`factor` times a linear rise from `start` to 1 over the first steps, as mmcv's linear warm-up multiplies it."""
+    return factor if step >= warmup_steps else factor * (start + (1.0 - start) * step / warmup_steps)
+
+
+@torch.enable_grad()
+def train(
+    head: nn.Module,
+    losses: Iterable[Callable[[], Tensor]],
+    rates: Callable[[int], float],
+    weight_decay: float,
+    clip_grad: float | None = None,
+) -> None:
+    """AdamW over the steps whose losses are given, each called once the head has learned from those before.
+
+    Args:
+        head: in training mode; it is left in eval mode.
+        losses: of each step.
+        rates: the learning rate of a step.
+        weight_decay: of all parameters.
+        clip_grad: largest norm of the gradients of all parameters together.
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite.
+    """
+    head.train()
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=weight_decay)
+    bad = torch.zeros((), dtype=torch.bool, device=next(head.parameters()).device)
+    for step, loss_of in enumerate(losses):
+        optimizer.param_groups[0]["lr"] = rates(step)
+        loss = loss_of()
+        bad |= ~loss.detach().isfinite()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if clip_grad is not None:
+            nn.utils.clip_grad_norm_(head.parameters(), clip_grad)
+        optimizer.step()
+    if bool(bad):  # asked once, since asking stops a GPU
+        raise FloatingPointError("the loss of a probe is not finite: the weights or the learning rate have diverged")
+    head.eval()
+
+
+def read(seen: SeenSplit, images: Tensor, reads: Collection[str]) -> tuple[Mapping[str, Tensor], tuple[int, int]]:
+    """What `reads` names of normalised images [B, 3, H, W] of any size, and the grid of their patches.
+
+    Images are padded to whole patches. Afterwards, as in the official code, maps on the grid are resized to the
+    images without padding, as if they covered no more.
+    """
+    patch_size = seen.model.patch_size
+    padded = center_padded(images, patch_size)
+    with torch.no_grad(), evaluating(seen.backbone):
+        found = taps(seen.backbone, padded, reads)
+    return found, (padded.shape[2] // patch_size, padded.shape[3] // patch_size)
+
+
+def ahead(batches: Iterable[Sequence[Job]], make: Callable[[Job], Made], workers: int) -> Iterator[list[Made]]:
+    """What `make` gives of all jobs, batch after batch, by threads that begin before a batch is asked for.
+
+    The result does not depend on `workers` if `make` depends on its job alone.
+    """
+    waiting: deque[list[Future[Made]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in batches:
+            waiting.append([pool.submit(make, job) for job in batch])
+            if len(waiting) > _AHEAD:
+                yield [made.result() for made in waiting.popleft()]
+        while waiting:
+            yield [made.result() for made in waiting.popleft()]
