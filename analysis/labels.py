@@ -228,6 +228,7 @@ def cell_text(values: Mapping[str, Any], axes: Iterable[str], names: Mapping[str
 
 FLAGS = {
     "baseline": "this is the baseline that others are compared with",
+    "chosen_on_val": "the best linear head was chosen on the validation images, where scores are therefore optimistic",
     "diverged": "trials diverged (NaN or infinite loss) and are not in the mean",
     "failed": "trials failed and are not in the mean",
     "missing": "trials have no score yet",

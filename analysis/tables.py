@@ -28,6 +28,7 @@ _PROVENANCE = {
     "data_fingerprint": "data",
 }
 _WEIGHTS = "model.weights"  # a setting: the weights that are measured where none are trained
+_SELECT_ON = "evaluation.linear.select_on"
 _TRIAL = re.compile(r"[0-9a-f]{16}([@:].*)?")  # of these, those of a trial: ID[@STEP][:raw, ema or teacher]
 
 
@@ -100,7 +101,8 @@ def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores
         for cell in everything:
             row = _row(cell, metric, values[cell.key], differences[cell.key], states)
             row["primary"] = metric in frames.plan.primary
-            row["flags"] = sorted({*cell_flags[cell.key], *_row_flags(cell, row, differences[cell.key], by_trial)})
+            own = _row_flags(cell, row, differences[cell.key], by_trial) | _chosen(cell, metric, states)
+            row["flags"] = sorted(cell_flags[cell.key] | own)
             rows[cell.key, metric] = row
     ordered = [rows[cell.key, metric] for cell in everything for metric in metrics]
     tested = [row for row in ordered if row["primary"]]
@@ -110,9 +112,9 @@ def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores
 
 
 def _states(frames: Frames) -> dict[str, dict[str, Any]]:
-    """Status, provenance and, where there are any, named weights of every trial, by trial_id."""
-    weights = [_WEIGHTS] if _WEIGHTS in frames.runs.column_names else []
-    columns = frames.runs.select(["trial_id", "status", *_PROVENANCE, *weights])
+    """Status, provenance and, where there are any, the settings that flags are about, of every trial by trial_id."""
+    settings = [name for name in (_WEIGHTS, _SELECT_ON) if name in frames.runs.column_names]
+    columns = frames.runs.select(["trial_id", "status", *_PROVENANCE, *settings])
     return {row["trial_id"]: row for row in columns.to_pylist()}
 
 
@@ -196,6 +198,14 @@ def _row_flags(
         "partly_paired": 0 < difference.n_paired < row["n"],
     }
     return flags | {flag for flag, holds in conditions.items() if holds}
+
+
+def _chosen(cell: Cell, metric: str, states: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """`chosen_on_val`: linear heads were chosen by their scores on validation images, which are then optimistic."""
+    linear = metric.startswith(("val/linear", "test/linear"))
+    return (
+        {"chosen_on_val"} if linear and any(states[t.trial_id].get(_SELECT_ON) == "val" for t in cell.trials) else set()
+    )
 
 
 def _cell_flags(cell: Cell, baseline: Cell | None, states: Mapping[str, Mapping[str, Any]]) -> set[str]:

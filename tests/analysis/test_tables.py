@@ -131,6 +131,19 @@ def test_idle_settings_do_not_hide_the_baseline(tmp_path: Path) -> None:
     assert baseline_of(zero, cells(plan), {REGISTERS: 4}) is None
 
 
+def test_heads_that_were_chosen_on_validation_images_are_flagged(tmp_path: Path) -> None:
+    trials = registers_sweep(counts=(0,), seeds=(0, 1))
+    select_on = "evaluation.linear.select_on"
+    for trial in trials:
+        trial.config, trial.scores["val/linear/top1"] = {select_on: "val"}, 0.5
+    table = table_of(tmp_path / "val", trials)
+    flagged = {row["metric"]: "chosen_on_val" in row["flags"] for row in table.to_pylist()}
+    assert flagged.pop(TOP1) and flagged.pop("val/linear/top1") and not any(flagged.values())
+    for trial in trials:
+        trial.config = {select_on: "train"}
+    assert not any("chosen_on_val" in row["flags"] for row in table_of(tmp_path / "train", trials).to_pylist())
+
+
 @pytest.mark.parametrize(
     ("result", "flag"),
     [
