@@ -121,6 +121,17 @@ def test_the_background_is_a_plane(alone: tuple[np.ndarray, Any]) -> None:
         assert np.abs(design @ plane - depth).max() <= depth.max() * 2.0**-11 * 1.5  # rounding of float16
 
 
+@pytest.mark.parametrize("size", [(0.8, 1.0), (0.3, 0.6)])
+def test_depth_counts_up_to_the_farthest_digit_and_not_on_the_background(
+    tmp_path: Path, size: tuple[float, float]
+) -> None:
+    data = opened(tmp_path, side=64, num_others=(3, 5), main_size=size)
+    depth = np.concatenate([data.train.targets["depth"], data.test.targets["depth"]]).astype(np.float64)
+    digit = np.concatenate([data.train.targets["segmentation"], data.test.targets["segmentation"]]) > 0
+    assert data.max_depth == 1 / (SMALLER[0] * size[0])
+    assert 0 < depth[digit].min() and depth[digit].max() <= data.max_depth * (1 + 1e-3) < depth[~digit].min()
+
+
 def test_without_contrast_only_the_digit_is_seen_and_stands_out(alone: tuple[np.ndarray, Any]) -> None:
     images, targets = alone
     for i in range(200):

@@ -48,7 +48,6 @@ GREY, WHITE = 64.0, np.full(3, 255, np.float32)  # mean of the background and in
 STANDS_OUT = 100.0  # least difference between the luminance of a digit and the mean of its background, of 255
 BACKGROUND = (1.5, 3.0)  # distance of the background's middle, as a multiple of that of the farthest digit possible
 TILT = 0.25  # most by which the background's distance changes from its middle to its edges, of that distance
-MAX_DEPTH = 20.0  # m, beyond all that the default settings give
 _SCALES = (1.0, 1.5, 2.0, 3.0)  # shorter side of a photograph as a multiple of the image's
 _LUMINANCE = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -91,8 +90,13 @@ def build(config: DataConfig, execution: ExecutionConfig, side: int, cache: Path
         write,
         segmentation_names=("background", *digits),
         templates=("a large {}.",),
-        max_depth=MAX_DEPTH,
+        max_depth=_farthest(settings),
     )
+
+
+def _farthest(settings: ScenesConfig) -> float:
+    """Metres beyond which there is no digit: where the background begins, whose distance no image shows."""
+    return 1 / (SMALLER[0] * settings.main_size[0])
 
 
 def _installed(package: str, file: str) -> Path:
@@ -222,8 +226,7 @@ class Renderer:
 
     def _background(self, u: npt.NDArray[np.float64]) -> npt.NDArray[np.float16]:
         """Distances in metres [n, S, S] of planes behind every digit that the settings allow."""
-        farthest = 1 / (SMALLER[0] * self._settings.main_size[0])
-        middle = farthest * (BACKGROUND[0] + (BACKGROUND[1] - BACKGROUND[0]) * u[:, 6])
+        middle = _farthest(self._settings) * (BACKGROUND[0] + (BACKGROUND[1] - BACKGROUND[0]) * u[:, 6])
         tilt = middle[:, None] * TILT * (2 * u[:, 7:9] - 1) / 2  # half of it along each axis
         across = np.linspace(-1, 1, self._side)
         plane = middle[:, None, None] + tilt[:, 0, None, None] * across + tilt[:, 1, None, None] * across[:, None]

@@ -47,9 +47,9 @@ _CACHE_VALUES = 2**19  # of these that a CPU handles at a time, so that they sta
 
 def expected_depth(logits: Tensor, centers_K: Tensor) -> Tensor:
     """Depth from the last axis, K bins: their centres weighted by relu(logit) + 0.1."""
-    sums = torch.stack([centers_K, torch.ones_like(centers_K)], dim=1)
-    weighted = F.relu(logits) @ sums + FLOOR * sums.sum(dim=0)
-    return weighted[..., 0] / weighted[..., 1]
+    weights = F.relu(logits)
+    total = weights.sum(dim=-1) + FLOOR * len(centers_K)
+    return (weights @ centers_K + FLOOR * centers_K.sum()) / total
 
 
 class Head(nn.Module):
