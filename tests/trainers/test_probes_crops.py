@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.trainers import coded, planted
-from trainers.config import EvaluationConfig, LinearConfig, resolve
-from trainers.data import DataSet, Split
+from trainers.config import DataConfig, EvaluationConfig, ExecutionConfig, LinearConfig, resolve
+from trainers.data import DataSet, Split, open_data
 from trainers.probes import Context, crops, linear
 from trainers.probes.fitted import Probes
 from trainers.probes.seen import SeenSplit
@@ -209,3 +211,24 @@ def test_labels_in_the_class_token_are_found_and_noise_is_not(settings: dict[str
         assert set(found.metrics) == {f"test/{name}/top1" for name in ("linear", "linear_mean_patch", "knn", "knn/k5")}
         assert [file.name for file in found.files] == ["linear_heads"]
         assert all(low <= value <= high for value in found.metrics.values()), found.metrics
+
+
+def test_streamed_images_are_cropped_at_their_own_size(tmp_path: Path) -> None:
+    """A strip three times as wide as high, green at its ends: squares show its middle alone, originals its ends too."""
+    strip = np.zeros((40, 120, 3), np.uint8)
+    strip[:, :40, 1] = strip[:, 80:, 1] = 255
+    for split in ("train", "validation", "test"):
+        for index in range(3):
+            (tmp_path / "data" / split / "one").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(strip).save(tmp_path / "data" / split / "one" / f"{index}.png")
+
+    def green(decode_size: int | str) -> float:
+        config = DataConfig(train="image_folder", name="strips", decode_size=decode_size, scenes=None)
+        execution = ExecutionConfig(data_root=str(tmp_path / "data"), threads=1)
+        data = open_data(config, execution, 32, tmp_path / "cache")
+        backbone = Summary(lambda levels: levels[:, 1].mean(dim=(1, 2))[:, None])
+        shown = replace(seen(backbone, ramps(3), np.zeros(3, np.int64)), data=data)
+        random = crops.RandomCrops(shown, READS, torch.Generator().manual_seed(0))
+        return max(float(random.features(torch.arange(3))["cls"].max()) for _ in range(8))
+
+    assert green(32) < 20.0 and green("original") > 60.0

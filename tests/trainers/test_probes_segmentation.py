@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from tests.trainers.planted import Planted, levels
 from trainers.config import SegmentationConfig, resolve
 from trainers.data import IGNORED, Whole
 from trainers.findings import Score
-from trainers.probes import dense, segmentation
+from trainers.probes import segmentation
 from trainers.probes import segmentation_views as views
 from trainers.probes.seen import SeenSplit
 from trainers.probes.segmentation import Head, Segmentation, confusion, mean_iou
@@ -102,6 +101,7 @@ def test_scores_are_of_the_whole_split_and_of_each_image() -> None:
     assert each[1] == pytest.approx((1 + 0.75 + 0) / 3, abs=0.01)
     assert scores["miou"].value == pytest.approx((1 + 0.75 + 0) / 3, abs=0.01)
     assert scores["accuracy"].value == pytest.approx((1024 + 896) / 2048, abs=0.01)
+    assert scores["accuracy"].per_image == pytest.approx([1, 896 / 1024, np.nan], abs=0.01, nan_ok=True)
     assert scores["mean_accuracy"].value == pytest.approx((1 + 1 + 0) / 3, abs=0.01)
     nothing = seen(reader(2), painted(numbers), frozenset({"patches"}), 2, segmentation=np.full_like(truth, IGNORED))
     assert found(train, nothing) == {}
@@ -143,34 +143,6 @@ def test_patches_are_normalised_over_the_batch_then_by_running_means() -> None:
     torch.testing.assert_close(later, F.linear(running, head.weight, head.bias), rtol=1e-4, atol=1e-5)
 
 
-def test_heads_are_trained_by_adamw_and_left_in_eval_mode() -> None:
-    layer = torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        layer.weight.fill_(2.0)
-    rates = [0.5, 0.25]
-    dense.train(layer, [lambda: layer.weight.sum() * 0.0] * 2, lambda step: rates[step], weight_decay=0.1)
-    assert layer.weight.item() == pytest.approx(2 * (1 - 0.05) * (1 - 0.025)) and not layer.training
-    with torch.no_grad():
-        layer.weight.fill_(2.0)
-    dense.train(layer, [lambda: layer.weight.sum() * 3.0], lambda step: 0.5, weight_decay=0.0)
-    assert layer.weight.item() == pytest.approx(1.5)  # a first step of Adam is as long as its rate
-    with pytest.raises(FloatingPointError, match="the loss of a probe is not finite"):
-        dense.train(layer, [lambda: layer.weight.sum() * torch.nan], lambda step: 0.5, weight_decay=0.0)
-
-
-def test_jobs_are_made_ahead_and_stay_in_order() -> None:
-    asked: list[int] = []
-
-    def batches() -> Iterator[list[int]]:
-        for number in range(5):
-            asked.append(number)
-            yield [number, 10 * number]
-
-    made = dense.ahead(batches(), lambda job: job + 1, workers=2)
-    assert next(made) == [1, 1] and asked == [0, 1, 2]
-    assert list(made) == [[2, 11], [3, 21], [4, 31], [5, 41]]
-
-
 def test_equal_bits_again_and_no_draw_of_others() -> None:
     before = torch.get_rng_state()
     first, again, other = found(squares()), found(squares()), found(squares(), seed=1, steps=5)
@@ -187,14 +159,6 @@ def test_rates_are_mmcvs() -> None:
     assert rates[10] == pytest.approx(0.5 * 0.9) and rates[99] == pytest.approx(0.005)
 
 
-def test_batches_are_passes_over_all_images() -> None:
-    drawn = list(dense.batches(5, 3, 5, torch.Generator().manual_seed(0)))
-    assert [len(part) for part in drawn] == [3] * 5
-    together = np.concatenate(drawn)
-    assert all(sorted(together[start : start + 5]) == [0, 1, 2, 3, 4] for start in (0, 5, 10))
-    assert together[:5].tolist() != together[5:10].tolist()
-
-
 def test_diverged_weights_are_an_error() -> None:
     infinite = Planted(lambda images: torch.full((2, len(images), 256, WIDTH), torch.inf))
     numbers = blocks(4, 4, 8, np.random.default_rng(0))
@@ -203,13 +167,6 @@ def test_diverged_weights_are_an_error() -> None:
         found(given)
     with pytest.raises(FloatingPointError, match="not finite"):
         found(given, whole=True)
-
-
-def test_padding_is_centred_with_the_odd_pixel_last() -> None:
-    padded = dense.center_padded(torch.ones(1, 1, 5, 8), 8)
-    assert padded.shape == (1, 1, 8, 8)
-    assert padded[0, 0, :, 0].tolist() == [0, 1, 1, 1, 1, 1, 0, 0]
-    assert dense.center_padded(torch.ones(1, 1, 8, 13), 8).shape == (1, 1, 8, 16)
 
 
 class TestWholeImages:
@@ -225,9 +182,26 @@ class TestWholeImages:
 
     def test_planted_classes_are_found_by_windows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(views, "distorted", lambda pixels, random: pixels)  # colours say the class here
-        scores = found(self.seen(0), self.seen(1), whole=True, side=48, stride=32, steps=40)
+        test = self.seen(1)
+        test.part.whole(3).targets["segmentation"][:] = IGNORED
+        scores = found(self.seen(0), test, whole=True, side=48, stride=32, steps=40)
         assert scores["miou"].value > 0.95
-        assert scores["miou"].per_image is not None and len(scores["miou"].per_image) == 8
+        each = scores["miou"].per_image
+        assert each is not None and np.flatnonzero(np.isnan(each)).tolist() == [3] and len(each) == 8
+
+    def test_test_images_are_scaled_before_windows_are_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """48 × 80 px become 24 × 40 px, two windows."""
+        settings = SegmentationConfig(**{**QUICK, "whole": True, "side": 24, "stride": 16, "steps": 1})
+        probe = Segmentation(settings, context()).fit(self.seen(0), self.seen(0))
+        shapes, read = [], segmentation._read
+
+        def watched(given: SeenSplit, images: torch.Tensor) -> Any:
+            shapes.append(tuple(images.shape))
+            return read(given, images)
+
+        monkeypatch.setattr(segmentation, "_read", watched)
+        list(probe.score(self.seen(0)))
+        assert shapes == [(1, 3, 24, 24)] * 2 * 8
 
     def test_sides_that_are_no_multiple_of_the_patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(views, "distorted", lambda pixels, random: pixels)
@@ -314,7 +288,7 @@ class TestWholeImages:
 
         labels[:, 32:] = 1
         even, uneven = shares()
-        assert even == pytest.approx(1 - (54 / 57) ** 10, abs=0.08) and uneven < 0.1
+        assert even == pytest.approx(1 - (54 / 57) ** 11, abs=0.08) and uneven < 0.1
         labels[:, 32:] = IGNORED  # which is no second class
         assert shares()[0] < 0.12
 

@@ -1,14 +1,16 @@
 """Features of images as DINOv2's linear evaluation crops them: at random for training, the centre for evaluation.
 
 Source: facebookresearch/dinov2:dinov2/data/transforms.py. Training: a random resized crop of 8 to 100 % of the image,
-bicubic, flipped in one of two. Evaluation: resized to 256 and cut to 224, so S out of 8/7 · S; images that were decoded
-smaller than that are taken whole. All from the decoded squares.
+bicubic, flipped in one of two; of images at their own size where these are streamed (`data.decode_size: original`), as
+there, else of the decoded squares. Evaluation: resized to 256 and cut to 224, so S out of 8/7 · S of the squares; those
+that were decoded smaller are taken whole.
 Shapes: n images, B of them, H side of the decoded images, S side as the backbone takes them, in px.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +18,10 @@ import torch
 from torch import Generator, Tensor
 
 from trainers.augment import draw_resized_boxes, evaluation_view, resized_crop, standardise
+from trainers.data.streamed import Streamed
 from trainers.probes.features import evaluating, extract, taps
 from trainers.probes.seen import SeenSplit
+from trainers.ragged import Images, Ragged, sizes_of
 
 CHUNK = 256  # images that pass through the backbone at a time
 
@@ -53,10 +57,10 @@ class RandomCrops:
         return rows
 
     def _view(self, positions: Tensor) -> Tensor:
-        pixels = _pixels(self.seen, positions)
-        boxes_B4 = draw_resized_boxes(len(pixels), pixels.shape[1], self.generator)
-        flip_B = torch.rand(len(pixels), generator=self.generator) < 0.5
-        crops = resized_crop(pixels, boxes_B4, flip_B, self.seen.image_size)
+        images = _originals(self.seen, positions)
+        boxes_B4 = draw_resized_boxes(len(images), sizes_of(images), self.generator)
+        flip_B = torch.rand(len(images), generator=self.generator) < 0.5
+        crops = resized_crop(images, boxes_B4, flip_B, self.seen.image_size)
         return standardise(crops, normalization=self.seen.model.normalization)
 
 
@@ -79,6 +83,16 @@ def centre_view(pixels: Tensor, image_size: int, normalization: str = "imagenet"
     first = round((whole - image_size) / 2)
     inside = slice(first, first + image_size)
     return evaluation_view(pixels, whole, normalization)[:, :, inside, inside]
+
+
+def _originals(seen: SeenSplit, positions: Tensor) -> Images:
+    """The images at their own size where they are streamed, else their squares, on the device."""
+    images = seen.part.images
+    if not isinstance(images, Streamed):
+        return _pixels(seen, positions)
+    with ThreadPoolExecutor(images.workers) as pool:
+        decoded = pool.map(images.original, seen.indices[positions.cpu().numpy()].tolist())
+        return Ragged.of([pixels for _, pixels in decoded]).to(seen.device)
 
 
 def _pixels(seen: SeenSplit, positions: Tensor) -> Tensor:

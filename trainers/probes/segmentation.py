@@ -97,11 +97,17 @@ class FittedSegmentation:
         """
         num_classes = len(seen.data.segmentation_names)
         found = (self._whole if self.settings.whole else self._squares)(seen)
-        each = [confusion(predicted, truth, num_classes).cpu().numpy() for predicted, truth in found]
-        total = np.sum(each, axis=0)
-        if total.sum():
-            yield Score("segmentation/miou", mean_iou(total), np.array([mean_iou(of_image) for of_image in each]))
-            yield Score("segmentation/accuracy", accuracy(total), np.array([accuracy(of_image) for of_image in each]))
+        total = np.zeros((num_classes, num_classes), np.int64)
+        mious: list[float] = []
+        accuracies: list[float] = []
+        for predicted, truth in found:
+            of_image = confusion(predicted, truth, num_classes).cpu().numpy()
+            total += of_image
+            mious.append(mean_iou(of_image))
+            accuracies.append(accuracy(of_image))
+        if total.any():
+            yield Score("segmentation/miou", mean_iou(total), np.array(mious))
+            yield Score("segmentation/accuracy", accuracy(total), np.array(accuracies))
             yield Score("segmentation/mean_accuracy", mean_accuracy(total))
 
     def _squares(self, seen: SeenSplit) -> Iterator[tuple[Tensor, Tensor]]:

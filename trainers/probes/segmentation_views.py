@@ -21,7 +21,7 @@ from trainers.data import IGNORED, Whole
 
 SCALES = (0.5, 2.0)  # shorter side of a training image, as a multiple of S
 MOST_OF_ONE_CLASS = 0.75  # share of a crop's pixels that count; a crop with more is drawn again
-DRAWS = 10
+DRAWS = 11  # the first, and ten more of which the last is taken as it is
 BRIGHTNESS = 32.0  # most that is added, of 255
 CONTRAST = SATURATION = (0.5, 1.5)
 HUE = 18 / 180  # most of a turn
