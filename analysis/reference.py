@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -18,11 +19,12 @@ _DOWNSTREAM = {
     "ade20k_linear": ("test/segmentation/miou", "linear mIoU on ADE20k, % (Table 2a)"),
     "nyud_linear": ("test/depth/rmse", "linear RMSE on NYUd, m (Table 2a)"),
 }
-_DISCOVERY = {  # the first data set that LOST runs on has the short name, whichever it is
-    "voc2007": ("test/object_discovery/corloc", "CorLoc on VOC 2007 trainval, % (Table 3)"),
-    "voc2012": ("test/object_discovery/voc2012/corloc", "CorLoc on VOC 2012 trainval, % (Table 3)"),
-    "coco20k": ("test/object_discovery/coco20k/corloc", "CorLoc on COCO 20k, % (Table 3)"),
+_DISCOVERY = {
+    "voc2007": "CorLoc on VOC 2007 trainval, % (Table 3)",
+    "voc2012": "CorLoc on VOC 2012 trainval, % (Table 3)",
+    "coco20k": "CorLoc on COCO 20k, % (Table 3)",
 }
+_CORLOC = ("test/object_discovery/corloc", "test/object_discovery/{}/corloc")  # of the first data set, of another
 _ZERO_SHOT = ("test/zero_shot/top1", "zero-shot top-1 on ImageNet-1k, % (Table 2b)")
 _TRAINED = {
     "deit3": "deit3, ViT-B, ImageNet-22k",
@@ -100,7 +102,8 @@ def _known() -> Iterator[_Known]:
     for row in read("zero_shot"):
         yield _of_table(*_ZERO_SHOT, row)
     for row in read("object_discovery"):
-        yield _of_table(*_DISCOVERY[row["dataset"]], row)
+        for name in _CORLOC:
+            yield _of_table(name.format(row["dataset"]), _DISCOVERY[row["dataset"]], row, row["dataset"])
     for row in read("outliers"):
         metric, what = _OUTLIERS[row["quantity"]]
         yield _Known(metric, what, f"{row['model']}, 0 registers", float(row["value"]), 0)
@@ -119,10 +122,10 @@ def _known() -> Iterator[_Known]:
             yield _Known(metric, f"{what} (Table {row['table']})", model, float(row["value"]), registers)
 
 
-def _of_table(metric: str, what: str, row: Mapping[str, str]) -> _Known:
+def _of_table(metric: str, what: str, row: Mapping[str, str], dataset: str | None = None) -> _Known:
     """A value of a model that the paper trained, or of DINO, which it took as released."""
     model = f"{_TRAINED[row['method']]}, {row['num_registers']} registers"
-    return _Known(metric, what, model, float(row["value"]), int(row["num_registers"]), row["method"])
+    return _Known(metric, what, model, float(row["value"]), int(row["num_registers"]), row["method"], dataset)
 
 
 _OF = ("", " that has one (see coverage)")
@@ -147,7 +150,20 @@ def _stands_beside(known: _Known, settings: Mapping[str, Any]) -> bool:
         return False
     if known.dataset is None or known.dataset in _DATASETS:
         return True
-    return known.dataset in (settings.get("data.name"), settings.get("data.train"))
+    return known.dataset == _data_of(settings)
+
+
+def _data_of(settings: Mapping[str, Any]) -> str | None:
+    """The data set that a row's metric is of: that in its name, the first that its probe names, or the trial's own."""
+    own: str | None = settings.get("data.name") or settings.get("data.train")
+    split, _, rest = str(settings["metric"]).partition("/")
+    probe, *between = rest.split("/")
+    if split not in ("val", "test"):
+        return own
+    named = settings.get(f"evaluation.{probe}.data") or ()
+    sets = [str(name) for name in (json.loads(named) if isinstance(named, str) else named)]
+    inside = [name for name in sets if between[:1] == [name.rpartition("/")[2]]]
+    return next(iter((*inside, *sets)), own)
 
 
 def _ours(settings: Mapping[str, Any]) -> float | None:
@@ -159,6 +175,7 @@ def _ours(settings: Mapping[str, Any]) -> float | None:
 
 
 def _model(settings: Mapping[str, Any]) -> str:
-    named = ("model.weights", "method", "model.size", "data.train")
+    named = ("model.weights", "method", "model.size")
     parts = [str(settings[name]) for name in named if settings.get(name)]
+    parts += [data] if (data := _data_of(settings)) else []
     return ", ".join([*parts, f"{settings[REGISTERS]} registers"])

@@ -12,7 +12,7 @@ from orchestrator.cells import Cell
 from orchestrator.draft import Draft, Path, is_execution_setting, nearest
 from orchestrator.spec_checks import Parts
 from orchestrator.sweep import MAX_TRIALS, Range, Resources, is_metric
-from trainers.catalog import MEASUREMENTS, MODEL_SIZES, PROBES
+from trainers.catalog import MEASUREMENTS, MODEL_SIZES, PROBES, short_name
 from trainers.config import TrialConfig, resolve
 from trainers.explain import ConfigError, Fault, did_you_mean, shown
 
@@ -137,10 +137,27 @@ def check_primary(draft: Draft, configs: list[TrialConfig]) -> None:
                 )
             elif probe not in PROBES and family not in _METRIC_FAMILIES and guess:
                 draft.report(place, f"primary has {name}, and there is no probe {family}{guess}")
+            elif probe in PROBES and (wrong := _wrong_metric(name, probe, configs)) is not None:
+                draft.report(place, f"primary has {name}, {wrong}")
         elif root in MEASUREMENTS and measured and root not in measured:
             draft.report(
                 place, f"primary has {name}, but tokens.measurements ({', '.join(sorted(measured))}) lacks {root}"
             )
+
+
+def _wrong_metric(name: str, probe: str, configs: Iterable[TrialConfig]) -> str | None:
+    """Why the probe has no metric of that name; None where it has."""
+    *between, last = name.split("/")[2:] or [""]
+    metrics = PROBES[probe].metrics
+    if last not in metrics:
+        return f"and probe {probe} has no metric {last!r}{did_you_mean(last, metrics)}; it has {', '.join(metrics)}"
+    first = {
+        short_name(data) for config in configs for data in getattr(getattr(config.evaluation, probe), "data", ())[:1]
+    }
+    if between and between[0] in first:
+        short = "/".join(part for part in name.split("/") if part != between[0])
+        return f"but the first data set of evaluation.{probe}.data has the short names: {short}"
+    return None
 
 
 def _own_probes(names: set[str]) -> bool:

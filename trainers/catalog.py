@@ -53,6 +53,7 @@ class ProbeEntry:
     build: str  # "module:Class", called as described in trainers/probes/__init__.py
     needs: tuple[str, ...]
     methods: tuple[str, ...] = ()  # none stands for all
+    metrics: tuple[str, ...] = ("top1",)  # how the names of its metrics end
 
 
 @dataclass(frozen=True)
@@ -379,10 +380,30 @@ DATASETS = {
 PROBES = {
     "linear": ProbeEntry(build="trainers.probes.linear:Linear", needs=("classes",)),
     "knn": ProbeEntry(build="trainers.probes.knn:Knn", needs=("classes",)),
-    "zero_shot": ProbeEntry(build="trainers.probes.zero_shot:ZeroShot", needs=("classes",), methods=("openclip",)),
-    "segmentation": ProbeEntry(build="trainers.probes.segmentation:Segmentation", needs=("segmentation",)),
-    "depth": ProbeEntry(build="trainers.probes.depth:Depth", needs=("depth",)),
-    "object_discovery": ProbeEntry(build="trainers.probes.object_discovery:ObjectDiscovery", needs=("boxes",)),
+    "zero_shot": ProbeEntry(
+        build="trainers.probes.zero_shot:ZeroShot",
+        needs=("classes",),
+        methods=("openclip",),
+        metrics=("top1", "top5"),
+    ),
+    "segmentation": ProbeEntry(
+        build="trainers.probes.segmentation:Segmentation",
+        needs=("segmentation",),
+        metrics=("miou", "accuracy", "mean_accuracy", "images_without_classes"),
+    ),
+    "depth": ProbeEntry(
+        build="trainers.probes.depth:Depth",
+        needs=("depth",),
+        metrics=(
+            *("rmse", "abs_rel", "sq_rel", "rmse_log", "log_10", "silog", "delta1", "delta2", "delta3"),
+            "images_without_depth",
+        ),
+    ),
+    "object_discovery": ProbeEntry(
+        build="trainers.probes.object_discovery:ObjectDiscovery",
+        needs=("boxes",),
+        metrics=("corloc", "bias", "common_bias", "images_without_boxes"),
+    ),
 }
 
 
@@ -423,6 +444,11 @@ def evaluation_set(name: str) -> tuple[str, str | None]:
     """The catalog's name, or dotted path, of a data set that a probe names, and the logical name of an image folder."""
     entry, separator, logical = name.partition("/")
     return (entry, logical) if separator else (name, None)
+
+
+def short_name(name: str) -> str:
+    """How metrics call a data set that a probe names: image_folder/birds is birds, package.module:build is build."""
+    return name.rpartition("/")[2].rpartition(":")[2]
 
 
 def is_evaluation_set(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
@@ -40,6 +41,7 @@ def conflicts(config: TrialConfig) -> Iterator[Conflict]:
     yield from _missing_parts(config)
     yield from _missing_measurements(config)
     yield from _probes(config)
+    yield from _probe_settings(config)
     yield from _unmet_needs(config)
 
 
@@ -268,6 +270,36 @@ def _probes(config: TrialConfig) -> Iterator[Conflict]:
                         f"probe {probe} needs {need}; {where} {name} provides {', '.join(provided or ())}",
                         ("evaluation.probes", where),
                     )
+
+
+def _probe_settings(config: TrialConfig) -> Iterator[Conflict]:
+    """Settings of probes that leave nothing to predict, and data sets whose metrics would have one name."""
+    evaluation = config.evaluation
+    for probe in evaluation.probes:
+        names = [catalog.short_name(name) for name in getattr(getattr(evaluation, probe, None), "data", ())]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is None and probe == "knn":  # as knn/k10/top1 is of k = 10
+            twice = next((name for name in names[1:] if re.fullmatch(r"k\d+", name)), None)
+        if twice is not None:
+            yield (
+                f"evaluation.{probe}.data has two sets whose metrics would be {probe}/{twice}/…; give one another name",
+                (f"evaluation.{probe}.data",),
+            )
+    segmentation = evaluation.segmentation if "segmentation" in evaluation.probes else None
+    if segmentation is not None and segmentation.stride is not None and isinstance(config.model.image_size, int):
+        side = segmentation.side or config.model.image_size
+        if segmentation.whole and segmentation.stride > side:
+            yield (
+                f"evaluation.segmentation.stride {segmentation.stride} leaves gaps between windows of {side} px; "
+                f"at most {side}",
+                ("evaluation.segmentation.stride", "evaluation.segmentation.side", "model.image_size"),
+            )
+    depth = evaluation.depth if "depth" in evaluation.probes else None
+    if depth is not None and isinstance(depth.max_depth, float) and depth.min_depth >= depth.max_depth:
+        yield (
+            f"evaluation.depth.min_depth {depth.min_depth} is not below evaluation.depth.max_depth {depth.max_depth}",
+            ("evaluation.depth.min_depth", "evaluation.depth.max_depth"),
+        )
 
 
 def _unmet_needs(config: TrialConfig) -> Iterator[Conflict]:

@@ -88,9 +88,9 @@ class SegmentationConfig(Section):
     preset: Literal["fast", "paper"] = Field("fast", description="paper: DINOv2's protocol for ADE20k; not identity")
     data: DataSets = DATA
     at: At = AT
-    steps: int = Field(500, ge=1, le=10_000_000, description="40,000 in DINOv2")
+    steps: int = Field(1_000, ge=1, le=10_000_000, description="40,000 in DINOv2")
     batch_size: int = Field(16, ge=1, le=65_536, description="images of a step, 16 in DINOv2")
-    learning_rate: float = Field(1e-3, gt=0, le=10, description="of AdamW, falling linearly to 0; 1e-3 in DINOv2")
+    learning_rate: float = Field(1e-2, gt=0, le=10, description="of AdamW, falling linearly to 0; 1e-3 in DINOv2")
     weight_decay: float = Field(1e-4, ge=0, le=1, description="1e-4 in DINOv2")
     warmup_steps: int = Field(20, ge=0, description="1,500 in DINOv2")
     whole: bool = Field(

@@ -67,9 +67,6 @@ def test_a_method_stands_beside_itself_alone() -> None:
     [
         ("test/zero_shot/top1", "openclip", 4, 60.1),
         ("test/segmentation/miou", "deit3", 4, 39.1),
-        ("test/object_discovery/corloc", "dinov2", 0, 35.3),
-        ("test/object_discovery/voc2012/corloc", "openclip", 4, 42.0),
-        ("test/object_discovery/coco20k/corloc", "dino", 0, 50.7),
     ],
 )
 def test_downstream_tables_stand_beside_the_probe_of_the_same_kind(
@@ -77,6 +74,28 @@ def test_downstream_tables_stand_beside_the_probe_of_the_same_kind(
 ) -> None:
     (known,) = compared(metric, 0.5, **{"method": method, "model.num_registers": registers})
     assert (known.paper, known.ours) == (paper, 50.0) and known.paper_model.startswith(method)
+
+
+@pytest.mark.parametrize(
+    ("metric", "data", "paper"),
+    [
+        ("corloc", '["voc2007","coco20k"]', [35.3]),
+        ("coco20k/corloc", '["voc2007","coco20k"]', [26.9]),
+        ("corloc", '["coco20k","voc2007"]', [26.9]),
+        ("voc2007/corloc", ["coco20k", "voc2007"], [35.3]),
+        ("voc2012/corloc", '["voc2007","voc2012"]', [40.2]),
+        ("corloc", "[]", []),  # scenes
+        ("corloc", None, []),
+    ],
+)
+def test_corloc_stands_beside_that_of_its_own_data_set(metric: str, data: Any, paper: list[float]) -> None:
+    found = compared(f"test/object_discovery/{metric}", 0.5, **{"evaluation.object_discovery.data": data})
+    assert [known.paper for known in found] == paper
+
+
+def test_ours_is_named_by_the_data_that_the_probe_ran_on() -> None:
+    (known,) = compared("test/segmentation/miou", 0.5, **{"evaluation.segmentation.data": '["voc2012_segmentation"]'})
+    assert known.our_model == "dinov2, nano, voc2012_segmentation, 0 registers"
 
 
 def test_without_known_length_an_onset_is_not_compared() -> None:

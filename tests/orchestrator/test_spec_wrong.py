@@ -180,6 +180,14 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         edited(AXIS, f"{AXIS}  deit3.flip: [true, false]\n").replace(BASELINE, "baseline: {deit3.flip: 1}"),
         [(8, "baseline names deit3.flip 1, a value that its axis lacks; it has true, false")],
     ),
+    "metric that its probe does not have": (
+        edited(TRIAL, "  evaluation.probes: [segmentation]\n").replace("test/linear/top1", "test/segmentation/miuo"),
+        [(8, "primary has test/segmentation/miuo, and probe segmentation has no metric 'miuo'; did you mean miou?")],
+    ),
+    "metric of the first data set under its name": (
+        edited(TRIAL, "  evaluation.knn.data: [scenes]\n").replace("test/linear/top1", "test/knn/scenes/top1"),
+        [(8, "but the first data set of evaluation.knn.data has the short names: test/knn/top1")],
+    ),
     "metric without a probe": (
         edited(PRIMARY, "primary: [test/lineer/top1]"),
         [(8, "primary has test/lineer/top1, and there is no probe lineer; did you mean linear?")],

@@ -410,6 +410,27 @@ class TestDataOfProbes:
     def test_names_of_data_sets(self, name: str) -> None:
         assert resolve({"evaluation.knn.data": [name]}).evaluation.knn.data == (name,)
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"evaluation.knn.data": ["mine:build", "other:build"]}, "metrics would be knn/build/"),
+            ({"evaluation.knn.data": ["scenes", "image_folder/k10"]}, "metrics would be knn/k10/"),
+            (
+                {"evaluation": {"probes": ["segmentation"], "segmentation": {"whole": True, "side": 48, "stride": 49}}},
+                "evaluation.segmentation.stride 49 leaves gaps between windows of 48 px; at most 48",
+            ),
+            (
+                {"evaluation": {"probes": ["depth"], "depth": {"min_depth": 5.0, "max_depth": 5.0}}},
+                "evaluation.depth.min_depth 5.0 is not below evaluation.depth.max_depth 5.0",
+            ),
+        ],
+    )
+    def test_settings_that_leave_nothing_to_predict_or_to_tell_apart(
+        self, settings: dict[str, object], message: str
+    ) -> None:
+        (fault,) = faults(settings)
+        assert message in fault
+
     def test_zero_shot_needs_a_text_tower(self) -> None:
         with pytest.raises(ConfigError, match="probe zero_shot needs method openclip; method is deit3"):
             resolve({"evaluation.probes": ["zero_shot"]})

@@ -129,7 +129,7 @@ def test_depth_counts_up_to_the_farthest_digit_and_not_on_the_background(
     depth = np.concatenate([data.train.targets["depth"], data.test.targets["depth"]]).astype(np.float64)
     digit = np.concatenate([data.train.targets["segmentation"], data.test.targets["segmentation"]]) > 0
     assert data.max_depth == 1 / (SMALLER[0] * size[0])
-    assert 0 < depth[digit].min() and depth[digit].max() <= data.max_depth * (1 + 1e-3) < depth[~digit].min()
+    assert depth[digit].min() > 0 and depth[digit].max() <= data.max_depth * (1 + 1e-3) < depth[~digit].min()
 
 
 def test_without_contrast_only_the_digit_is_seen_and_stands_out(alone: tuple[np.ndarray, Any]) -> None:

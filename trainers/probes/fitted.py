@@ -175,7 +175,7 @@ class FittedProbes:
 
 
 def _file_name(name: str, part: Part) -> str:
-    return name if part.first else f"{name}_{part.data.rpartition('/')[2].rpartition(':')[2]}"
+    return name if part.first else f"{name}_{catalog.short_name(part.data)}"
 
 
 def _named(score: Score, part: Part) -> str:
@@ -183,4 +183,4 @@ def _named(score: Score, part: Part) -> str:
     if part.first:
         return score.name
     family, _, rest = score.name.partition("/")
-    return f"{family}/{part.data.rpartition('/')[2].rpartition(':')[2]}/{rest}"
+    return f"{family}/{catalog.short_name(part.data)}/{rest}"
