@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.data.encoded import member, opened
+from trainers.data.encoded import encoded_size, file_of, member, opened
 from trainers.data.pictures import decode_whole
 
 
@@ -75,3 +75,20 @@ def test_whole_archives_hold_what_arrays_held(tmp_path: Path) -> None:
         entry = tar.getmember("deep/p.png")
     reference = member("b.tar", entry.offset_data, entry.size, entry.name)
     np.testing.assert_array_equal(decode_whole(opened(tmp_path, reference)), values)
+
+
+@pytest.mark.parametrize("path", ["../out.png", "/etc/passwd", "a/../../out.png", "../a.tar@0+4@x.png"])
+def test_nothing_outside_of_the_root_is_read(tmp_path: Path, path: str) -> None:
+    (tmp_path / "root").mkdir()
+    for name in ("out.png", "a.tar"):
+        (tmp_path / name).write_bytes(b"secret")
+    with pytest.raises(OSError, match="leads out of the folder"):
+        opened(tmp_path / "root", path)
+
+
+def test_a_file_whose_name_looks_like_a_member_is_a_file(tmp_path: Path) -> None:
+    name = "x@1+99@y.png"
+    (tmp_path / name).write_bytes(b"12345")
+    assert opened(tmp_path, name) == tmp_path / name
+    assert (encoded_size(tmp_path, name), file_of(tmp_path, name)) == (5, name)
+    assert file_of(tmp_path, "a.tar@1+99@y.png") == "a.tar"

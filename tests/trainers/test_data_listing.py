@@ -247,3 +247,10 @@ def test_images_at_their_own_size_can_be_opened_in_other_processes(tmp_path: Pat
     assert found.pixels.shape == (layouts_dense.HEIGHT, layouts_dense.WIDTH, 3)
     for target in data.provides:
         np.testing.assert_array_equal(found.targets[target], expected.targets[target])
+
+
+def test_a_change_shows_in_files_with_an_at_sign_too(tmp_path: Path) -> None:
+    (tmp_path / "image@2x.jpg").write_bytes(b"one")
+    before = stamps(tmp_path, ["image@2x.jpg"])
+    (tmp_path / "image@2x.jpg").write_bytes(b"three")
+    assert stamps(tmp_path, ["image@2x.jpg"]) != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from tests.trainers.runs import run, training
 from trainers import checkpoint
 from trainers.config import DataConfig, ExecutionConfig, resolve
 from trainers.data import DataSet, open_data
+from trainers.data import streamed as streaming_module
 from trainers.data.pictures import decode_whole
 from trainers.data.streamed import UNREADABLE, Ahead, LazyTarget, Streamed, Unreadable, decode_original
 from trainers.loader import Order, Reader, Shares, batches
@@ -310,6 +312,31 @@ def test_too_many_unreadable_images_end_the_trial(tmp_path: Path) -> None:
     assert len(file.read_text().splitlines()) == 3
     with pytest.raises(ValueError, match=message):  # nobody goes on by asking again
         streamed(data).original(row_of(data, 1))
+
+
+def test_what_other_processes_have_named_counts_too(tmp_path: Path) -> None:
+    data = opened(damaged(tmp_path / "root", 1, 2, 3), tmp_path / "cache", max_unreadable=2 / 28)
+    (folder,) = (path.parent for path in (tmp_path / "cache").glob("*/meta.json"))
+    (folder / UNREADABLE).write_text("one\tOSError: x\ntwo\tOSError: x\n")
+    with pytest.raises(ValueError, match="3 training images cannot be read"):
+        streamed(data).original(row_of(data, 1))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(errno.EMFILE, "too many open files"), OSError(errno.EIO, "x")]
+)
+def test_what_the_machine_does_wrong_replaces_no_image(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    data = opened(folder, tmp_path / "cache")
+
+    def fail(_source: object) -> None:
+        raise error
+
+    monkeypatch.setattr(streaming_module, "decode_original", fail)
+    with pytest.raises(type(error)):
+        streamed(data).original(0)
+    assert not list((tmp_path / "cache").glob(f"*/{UNREADABLE}"))
 
 
 def test_those_that_decoding_ahead_has_met_count_too(tmp_path: Path) -> None:

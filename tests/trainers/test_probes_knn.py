@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,3 +145,21 @@ def test_without_class_token_the_mean_patch_is_the_feature() -> None:
     expected = knn.fit(train, KnnConfig(), CLASSES).predict(evaluated)
     ours = knn.fit(patches[0], KnnConfig(), CLASSES).predict(patches[1])
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
+
+
+def test_votes_are_held_for_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, evaluated = _features(0, 300), _features(1, 60)
+    whole = knn.fit(train, KnnConfig(), CLASSES).predict(evaluated)
+    largest: list[int] = []
+    votes = knn.votes
+
+    def watched(*arguments: Any) -> Any:
+        found = votes(*arguments)
+        largest.append(sum(part.numel() for part in found.values()))
+        return found
+
+    monkeypatch.setattr(knn, "votes", watched)
+    monkeypatch.setattr(knn, "_VOTES", 8 * CLASSES)
+    few = knn.fit(train, KnnConfig(), CLASSES).predict(evaluated)
+    assert max(largest) <= 8 * CLASSES and len(largest) == 30
+    assert all(torch.equal(whole[name], few[name]) for name in whole) and whole.keys() == few.keys()

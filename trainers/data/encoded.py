@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 _MEMBER = re.compile(r"(?P<archive>[^@]+)@(?P<offset>\d+)\+(?P<size>\d+)@(?P<name>.*)", re.DOTALL)
 
@@ -19,9 +19,21 @@ def member(archive: str, offset: int, size: int, name: str) -> str:
     return f"{archive}@{offset}+{size}@{name}"
 
 
+def _found(root: Path, reference: str) -> re.Match[str] | None:
+    """The parts of a reference to a member; None of a path, also of one that looks like such a reference."""
+    found = _MEMBER.fullmatch(reference)
+    return None if found is None or (root / reference).is_file() else found
+
+
+def file_of(root: Path, reference: str) -> str:
+    """The path, relative to the root, of the file that holds what a reference stands for."""
+    found = _found(root, reference)
+    return reference if found is None else found["archive"]
+
+
 def encoded_size(root: Path, reference: str) -> int:
     """How many bytes `opened` gives; -1 where there is no such file."""
-    found = _MEMBER.fullmatch(reference)
+    found = _found(root, reference)
     if found is not None:
         return int(found["size"])
     try:
@@ -34,10 +46,14 @@ def opened(root: Path, reference: str) -> Path | io.BytesIO:
     """What Pillow and others open: the path of a file, or the bytes of a member.
 
     Raises:
-        OSError: it is no file (a pipe would block), it is empty, or the archive ends before the member does.
+        OSError: it leads out of the root, is no file (a pipe would block) or empty, or the archive ends before the
+            member does.
     """
-    found = _MEMBER.fullmatch(reference)
-    path = root / (found["archive"] if found else reference)
+    found = _found(root, reference)
+    inner = PurePosixPath(found["archive"] if found else reference)
+    if inner.is_absolute() or ".." in inner.parts:  # lists and archives come from elsewhere
+        raise OSError("leads out of the folder of the data set")
+    path = root / inner
     if not path.is_file():
         raise OSError("is not a file")
     size = int(found["size"]) if found else path.stat().st_size

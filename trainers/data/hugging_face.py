@@ -132,6 +132,18 @@ def _check_names(root: Path, readers: Mapping[str, Any], class_names: tuple[str,
                 raise ValueError(f"{file} names its classes otherwise than the files before: {odd}")
 
 
+def _within(root: Path, path: str) -> Path:
+    """A file that a table names instead of holding it.
+
+    Raises:
+        OSError: it lies elsewhere than in the data set's folder.
+    """
+    file = (root / path).resolve()
+    if not file.is_relative_to(root.resolve()):
+        raise OSError("leads out of the folder of the data set")
+    return file
+
+
 class _Open:
     """Gives the bytes of an image by its reference, SPLIT[ROW]."""
 
@@ -145,7 +157,7 @@ class _Open:
             stored = self._readers[found[1]].dataset[int(found[2])][self._readers[found[1]].image_key]
         if stored is None:
             raise OSError("is empty")
-        content = stored["bytes"] if stored.get("bytes") is not None else Path(stored["path"]).read_bytes()
+        content = stored["bytes"] if stored.get("bytes") is not None else _within(root, stored["path"]).read_bytes()
         if not content:
             raise OSError("is empty")
         return io.BytesIO(content)

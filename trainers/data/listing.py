@@ -21,7 +21,7 @@ from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import IGNORED, SPLITS, Progress, Whole
 from trainers.data.cache import Source, Writer
-from trainers.data.encoded import opened
+from trainers.data.encoded import file_of, opened
 from trainers.data.labels import boxes_within, known_depth
 from trainers.data.pictures import Square, Stored, decode, decode_stored, square
 from trainers.data.splits import held_out, uniforms
@@ -117,9 +117,9 @@ def stamps(root: Path, paths: Iterable[str]) -> str:
     digest = hashlib.sha256()
     archive, stamp = None, ""
     for path in paths:
-        file, member, _ = path.partition("@")
-        if not member or file != archive:  # members of an archive follow one another
-            stamp, archive = _stamp(root / file), file if member else None
+        file = file_of(root, path) if "@" in path else path
+        if file == path or file != archive:  # members of an archive follow one another
+            stamp, archive = _stamp(root / file), None if file == path else file
         digest.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

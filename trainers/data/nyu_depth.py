@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -103,12 +104,17 @@ def _from_lists(root: Path, lists: Mapping[str, str]) -> tuple[dict[str, _Part],
         images = tuple(prefix + image for image, _ in pairs)
         depths = tuple(prefix + depth for _, depth in pairs)
         files += [*images, *depths]
-        found[split] = _Part(Listing(images, maps={"depth": depths}), [str(Path(image).parent) for image, _ in pairs])
+        found[split] = _Part(Listing(images, maps={"depth": depths}), [_recording(image) for image, _ in pairs])
     common = set(found["train"].listing.paths) & set(found["test"].listing.paths)
     if common:
         raise ValueError(f"{root}: {min(common)} is in the lists of train and of test")
     read = {"depth": partial(read_depth, per_meter=PER_METER)}
     return found, Description(read=read, facts={"max_depth": MAX_DEPTH}, faults=tuple(faults)), files
+
+
+def _recording(image: str) -> str:
+    """The recording of an image: its folder without the letter of a part, as in kitchen_0028a and kitchen_0028b."""
+    return re.sub(r"(?<=\d)[a-z]$", "", str(Path(image).parent))
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str | None]]:

@@ -10,6 +10,7 @@ Shapes: n images, S side of a square, H × W px of an image.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import threading
@@ -88,10 +89,11 @@ class Unreadable:
     name: str
     setting: str
     paths: set[str] = field(default_factory=set)
+    count: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, path: str, error: Exception) -> None:
-        """Names one that this process has met, however often.
+        """Names one that this process has met, however often; those that others have named count as well.
 
         Raises:
             ValueError: there are more than are tolerated.
@@ -99,21 +101,27 @@ class Unreadable:
         with self._lock:
             if path not in self.paths:
                 self.paths.add(path)
-                self._write(path, f"{type(error).__name__}: {' '.join(str(error).split())}")
-            count = len(self.paths)
-        if count > self.limit:
+                self.count = self._write(path, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise a ValueError where more are named than are tolerated."""
+        if self.count > self.limit:
             raise ValueError(
-                f"data set {self.name!r}: {count} training images cannot be read, more than {self.setting} allows "
+                f"data set {self.name!r}: {self.count} training images cannot be read, more than {self.setting} allows "
                 f"({self.limit}); they are named in {self.file}"
             )
 
-    def _write(self, path: str, reason: str) -> None:
+    def _write(self, path: str, reason: str) -> int:
+        """Names the image unless it is named already; how many are, by all processes."""
         shown = path if path.isprintable() else ascii(path)[1:-1]
         with self.file.open("a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            if not any(line.startswith(f"{shown}\t") for line in file):
+            named = {line.partition("\t")[0] for line in file}
+            if shown not in named:
                 file.write(f"{shown}\t{reason}\n")
+            return len(named | {shown})
 
 
 class Streamed:
@@ -144,6 +152,7 @@ class Streamed:
         self.shape = (len(paths), side, side, 3)
         self.workers, self.unreadable = workers, unreadable
         self._paths, self._source, self._square, self._classes = paths, source, square, classes
+        self._replaced: dict[int, int] = {}  # rows that cannot be read, and those that stand for them
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -176,10 +185,17 @@ class Streamed:
         return self._readable(row, lambda candidate: decode_original(self._source(candidate)))
 
     def _readable(self, row: int, read: Callable[[int], Row]) -> tuple[int, Row]:
-        for candidate in self._candidates(row):
+        if row in self._replaced:
+            self.unreadable.check()
+        for candidate in self._candidates(self._replaced.get(row, row)):
             try:
-                return candidate, read(candidate)
-            except Exception as error:  # noqa: BLE001  (decoders raise nearly anything on damaged files)
+                result = read(candidate)
+                if candidate != row:
+                    self._replaced[row] = candidate
+                return candidate, result
+            except Exception as error:
+                if _passes(error):  # another image now would be another run than its twin's
+                    raise
                 met = error
             self.unreadable.add(self._paths[candidate], met)
         raise ValueError(f"data set {self.unreadable.name!r}: not one training image can be read")
@@ -187,11 +203,24 @@ class Streamed:
     def _candidates(self, row: int) -> Iterator[int]:
         """The image itself, then those after it, first of its class, then of all, around the end."""
         yield row
-        everyone = np.roll(np.arange(len(self)), -row)[1:]
-        if self._classes is not None:
-            alike = np.asarray(self._classes)[everyone] == self._classes[row]
-            everyone = np.concatenate([everyone[alike], everyone[~alike]])
-        yield from everyone.tolist()
+        following = (other % len(self) for other in range(row + 1, row + len(self)))
+        if self._classes is None:
+            yield from following
+            return
+        others: list[int] = []
+        for other in following:  # as few are looked at as it takes: there may be millions
+            if self._classes[other] == self._classes[row]:
+                yield other
+            else:
+                others.append(other)
+        yield from others
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the machine is at fault and not the file: memory, open files, a network disk that is away."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)
 
 
 class LazyTarget:

@@ -6,6 +6,7 @@ has no class token. Shapes: n images, D width, C classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,6 +23,9 @@ from trainers.probes.seen import SeenSplit
 
 _MAIN_K = 20  # "20 is usually working the best" (official help text): its metric has the short name
 _QUERIES, _KNOWN = 512, 16_384  # how many evaluated and training images are compared at a time
+_VOTES = 2**23  # votes that are held at a time, 64 MiB: of images, classes and all k
+
+log = logging.getLogger(__name__)
 
 
 class Neighbors(NamedTuple):
@@ -41,7 +45,9 @@ class Knn:
         self._settings = settings
 
     def fit(self, train: SeenSplit, validation: SeenSplit) -> KnnProbe:
-        """Nothing is learnt or drawn."""
+        """Nothing is learnt or drawn; which k are more than there are images is said."""
+        if missing := [k for k in self._settings.k if k > len(train)]:
+            log.warning("k-NN has %d training images and leaves out k = %s", len(train), ", ".join(map(str, missing)))
         return fit(classification.features(train), self._settings, len(train.data.class_names))
 
 
@@ -61,8 +67,12 @@ class KnnProbe:
         if not self.ks:
             return {}
         near = self._neighbors(_feature(evaluated))
-        chunks = [self._votes(*part) for part in zip(*(torch.split(found, _QUERIES) for found in near), strict=True)]
-        return {_name(k): torch.cat([votes[k].argmax(dim=1) for votes in chunks]) for k in self.ks}
+        together = max(1, min(_QUERIES, _VOTES // (self.num_classes * len(self.ks))))
+        predicted: dict[int, list[Tensor]] = {k: [] for k in self.ks}
+        for part in zip(*(torch.split(found, together) for found in near), strict=True):
+            for k, votes_nC in self._votes(*part).items():
+                predicted[k].append(votes_nC.argmax(dim=1))
+        return {_name(k): torch.cat(parts) for k, parts in predicted.items()}
 
     def score(self, seen: SeenSplit) -> Iterator[Score]:
         """Top-1 accuracies under the names that `predict` gives."""
