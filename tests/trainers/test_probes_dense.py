@@ -12,7 +12,7 @@ from torch import nn
 
 from tests.trainers.painted import STEP, painted, reader, seen
 from tests.trainers.planted import Planted
-from trainers.probes import dense
+from trainers.probes import HeadDiverged, dense
 
 
 def test_padding_is_centred_with_the_odd_pixel_last() -> None:
@@ -142,7 +142,7 @@ def test_training_needs_no_gradients_switched_on() -> None:
 def test_a_loss_that_is_not_finite_is_an_error_even_if_later_ones_are(bad: float) -> None:
     layer = _weight(1.0)
     losses = [lambda: layer.weight.sum() + bad, lambda: layer.weight.sum()]  # whose gradients are finite
-    with pytest.raises(FloatingPointError, match="the loss of a probe is not finite"):
+    with pytest.raises(HeadDiverged, match="its loss is not finite"):
         dense.train(layer, losses, lambda step: 0.0, weight_decay=0.0)
 
 

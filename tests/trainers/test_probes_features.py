@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,15 @@ def test_accuracies_by_hand() -> None:
 def test_features_at() -> None:
     part = Features(None, torch.arange(6.0).reshape(3, 2), torch.tensor([5, 6, 7])).at(torch.tensor([2, 0]))
     assert part.cls is None and part.mean_patch.tolist() == [[4, 5], [0, 1]] and part.classes.tolist() == [7, 5]
+
+
+def test_a_full_disk_is_said_before_features_are_mapped(
+    images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features_module, "_LARGE", 100)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ValueError, match=r"features of 11,264 bytes cannot be kept in .*: No space left on device"):
+        extract(_vit(), _batches(images), 11, {"patches"}, scratch=tmp_path)

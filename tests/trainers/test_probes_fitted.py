@@ -16,7 +16,7 @@ from tests.trainers.runs import run
 from trainers.config import EvaluationConfig, ModelConfig, resolve
 from trainers.data import DataSet, Split
 from trainers.findings import Arrays, Picture, Score
-from trainers.probes import Context, features, fitted, seen
+from trainers.probes import Context, HeadDiverged, features, fitted, seen
 from trainers.probes.fitted import Probes
 from trainers.probes.seen import SeenSplit
 from trainers.streams import Streams
@@ -183,3 +183,18 @@ def test_dense_targets_take_the_nearest_pixel_at_the_size_of_the_images(backbone
     found = given.dense("segmentation", np.array([1]))
     assert found.shape == (1, 16, 16) and found.dtype == torch.uint8
     assert torch.equal(found[0], torch.tensor([[8, 9], [10, 11]]).repeat_interleave(8, 0).repeat_interleave(8, 1))
+
+
+class Diverging(Counting):
+    """A probe that learns nothing finite."""
+
+    def fit(self, train: SeenSplit, validation: SeenSplit) -> Counting:
+        raise HeadDiverged("its loss is not finite")
+
+
+def test_a_head_that_diverges_leaves_out_its_metrics_and_nothing_else(
+    backbone: ViT, caplog: pytest.LogCaptureFixture
+) -> None:
+    fitted = _probes(probes=[f"{__name__}:Diverging", "knn"]).fit(backbone)
+    assert set(fitted.score(backbone, "test").metrics) == {"test/knn/k10/top1"}
+    assert "Diverging on the trial's data has no metrics: its loss is not finite" in caplog.text

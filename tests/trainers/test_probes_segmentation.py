@@ -104,7 +104,10 @@ def test_scores_are_of_the_whole_split_and_of_each_image() -> None:
     assert scores["accuracy"].per_image == pytest.approx([1, 896 / 1024, np.nan], abs=0.01, nan_ok=True)
     assert scores["mean_accuracy"].value == pytest.approx((1 + 1 + 0) / 3, abs=0.01)
     nothing = seen(reader(2), painted(numbers), frozenset({"patches"}), 2, segmentation=np.full_like(truth, IGNORED))
-    assert found(train, nothing) == {}
+    assert {name: score.value for name, score in found(train, nothing).items()} == {"images_without_classes": 3.0}
+    assert scores["images_without_classes"].value == 1.0
+    with pytest.raises(ValueError, match="has no pixel of a class in train to learn from"):
+        found(nothing, test)
 
 
 def test_ignored_pixels_are_not_learned() -> None:

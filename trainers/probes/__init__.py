@@ -33,6 +33,10 @@ class Context:
     name: str
 
 
+class HeadDiverged(ArithmeticError):
+    """A probe learned nothing finite, though what it read is: its metrics are left out, and the trial goes on."""
+
+
 class Fitted(Protocol):
     """What a probe has learned."""
 
@@ -63,5 +67,9 @@ class Probe(Protocol):
         """Learn from training images; validation may serve to choose. What is not looked at is never computed.
 
         The result depends on what is seen, the settings and the seed alone, not on what was drawn before.
+
+        Raises:
+            FloatingPointError: tokens are NaN or infinite.
+            HeadDiverged: they are not, but what was learned is.
         """
         ...

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainers.probes import HeadDiverged
 from trainers.probes.features import evaluating, taps
 from trainers.probes.seen import SeenSplit
 
@@ -99,7 +100,7 @@ def train(
         clip_grad: largest norm of the gradients of all parameters together.
 
     Raises:
-        FloatingPointError: a loss is NaN or infinite.
+        HeadDiverged: a loss is NaN or infinite.
     """
     head.train()
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=weight_decay)
@@ -114,7 +115,7 @@ def train(
             nn.utils.clip_grad_norm_(head.parameters(), clip_grad)
         optimizer.step()
     if bool(bad):  # asked once, since asking stops a GPU
-        raise FloatingPointError("the loss of a probe is not finite: the weights or the learning rate have diverged")
+        raise HeadDiverged("its loss is not finite; a lower learning_rate may help")
     head.eval()
 
 

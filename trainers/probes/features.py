@@ -5,6 +5,8 @@ Shapes: n images, B of them, N patches, R registers, D width, L blocks (layers 0
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -107,6 +109,13 @@ def _room(shape: tuple[int, ...], device: torch.device | str, scratch: Path | No
     if 4 * int(np.prod(shape)) <= _LARGE:
         return torch.empty(shape, device=device)
     with tempfile.TemporaryFile(dir=scratch) as file:
+        try:  # on a full disk writing to a map kills the process
+            os.posix_fallocate(file.fileno(), 0, 4 * math.prod(shape))
+        except OSError as error:
+            raise ValueError(
+                f"features of {4 * math.prod(shape):,} bytes cannot be kept in {scratch or tempfile.gettempdir()}: "
+                f"{error.strerror}; evaluation.train_images takes fewer images"
+            ) from error
         return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from trainers.config import EvaluationConfig, ModelConfig
 from trainers.data import DataSet
 from trainers.dotted import load
 from trainers.findings import Arrays, Picture, Score
-from trainers.probes import Context, Fitted, Probe
+from trainers.probes import Context, Fitted, HeadDiverged, Probe
 from trainers.probes.features import training_subset
 from trainers.probes.seen import SeenSplit
+
+log = logging.getLogger(__name__)
 
 PREFIXES = {"validation": "val", "test": "test"}  # of metrics, by split
 OWN = ""  # the name of the trial's own data set among those that probes run on
@@ -98,10 +101,13 @@ class Probes:
             first = [known for other, known in fitted if other.name == part.name]
             if part.probe.transfers and first:
                 fitted.append((part, first[0]))
-            else:
+                continue
+            try:
                 fitted.append(
                     (part, part.probe.fit(seen.split(part.data, "train"), seen.split(part.data, "validation")))
                 )
+            except HeadDiverged as error:
+                log.warning("probe %s on %s has no metrics: %s", part.name, part.data or "the trial's data", error)
         return FittedProbes(self, fitted, seen)
 
     def see(self, backbone: nn.Module, data: str, split: str) -> SeenSplit:

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from trainers.config import LinearConfig
 from trainers.findings import Arrays, Score
-from trainers.probes import Context, classification, crops, heads
+from trainers.probes import Context, HeadDiverged, classification, crops, heads
 from trainers.probes.classification import Features
 from trainers.probes.crops import RandomCrops
 from trainers.probes.heads import Group, Heads
@@ -243,6 +243,12 @@ def _judged(
 def _best(trained: Sequence[Head]) -> Head:
     """Which head classifies most images correctly; among equals the one of lower cross-entropy, then the first.
 
-    A head with infinite or NaN logits never wins against one without.
+    A head with infinite or NaN logits never wins.
+
+    Raises:
+        HeadDiverged: all have them.
     """
-    return max(trained, key=lambda head: (head.right, -head.loss) if math.isfinite(head.loss) else (-1, -math.inf))
+    finite = [head for head in trained if math.isfinite(head.loss)]
+    if not finite:
+        raise HeadDiverged("the logits of all its heads are infinite or NaN; lower learning_rates may help")
+    return max(finite, key=lambda head: (head.right, -head.loss))

@@ -67,9 +67,12 @@ class Segmentation:
         """The head that the training images give; validation does not serve.
 
         Raises:
+            ValueError: no training pixel counts.
             FloatingPointError: the weights have diverged.
+            HeadDiverged: what is learned has.
         """
         settings, seed = self._settings, self._streams.seed_for("probe/segmentation")
+        _require_truth(train, settings.whole)
         generator = torch.Generator().manual_seed(seed)
         order = dense.batches(len(train), settings.batch_size, settings.steps, generator)
         batches = _crops(train, settings, seed, order) if settings.whole else _squares(train, order)
@@ -93,7 +96,8 @@ class FittedSegmentation:
 
         Classes that occur neither in the truth nor in the prediction are left out of the mean, as mmsegmentation's
         nan-mean does; of `mean_accuracy` those that do not occur in the truth. mIoU and accuracy of each image are
-        over the classes that occur in it, in the truth or in its prediction; NaN where no pixel counts.
+        over the classes that occur in it, in the truth or in its prediction; NaN where no pixel counts, and
+        `…/images_without_classes` says of how many: where that is all, it stands alone.
         """
         num_classes = len(seen.data.segmentation_names)
         found = (self._whole if self.settings.whole else self._squares)(seen)
@@ -109,6 +113,7 @@ class FittedSegmentation:
             yield Score("segmentation/miou", mean_iou(total), np.array(mious))
             yield Score("segmentation/accuracy", accuracy(total), np.array(accuracies))
             yield Score("segmentation/mean_accuracy", mean_accuracy(total))
+        yield Score("segmentation/images_without_classes", float(np.isnan(mious).sum()))
 
     def _squares(self, seen: SeenSplit) -> Iterator[tuple[Tensor, Tensor]]:
         """Predicted and true classes of each image, [S, S]."""
@@ -165,6 +170,18 @@ def accuracy(confusion_KK: NDArray[np.int64]) -> float:
 def _mean(parts: NDArray[np.int64], wholes: NDArray[np.int64]) -> float:
     present = wholes > 0
     return float((parts[present] / wholes[present]).mean()) if present.any() else float("nan")
+
+
+def _require_truth(seen: SeenSplit, whole: bool) -> None:
+    """Look until a pixel is found that can be learned from, which is in the first images as a rule."""
+    for position in range(len(seen)):
+        if whole:
+            truth = seen.part.whole(int(seen.indices[position])).targets["segmentation"]
+        else:
+            truth = seen.dense("segmentation", np.array([position])).cpu().numpy()
+        if (truth != IGNORED).any():
+            return
+    raise ValueError(f"{seen.data.name} has no pixel of a class in {seen.split} to learn from")
 
 
 @dataclass(frozen=True)
