@@ -113,7 +113,7 @@ def flat(raw: Mapping[str, Any], path: Path, prefix: str = "") -> Iterator[tuple
 
 def is_execution_setting(name: str) -> bool:
     """Whether `name` says how trials are executed; a preset is not executed, it stands for other settings."""
-    return is_execution(name) and name != "preset"
+    return is_execution(name) and name.rpartition(".")[2] != "preset"
 
 
 def nearest(given: str, known: Mapping[str, object] | list[str]) -> str:
