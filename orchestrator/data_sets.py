@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.plan import PlannedTrial
+from trainers.catalog import DATASETS
 from trainers.config import DataConfig, TrialConfig
 
 
@@ -54,9 +55,11 @@ class DataCheck:
             opened = open_data(data, config.execution, config.model.image_size, self.cache, self.progress)
             before = self.known.get(name)
             if before not in (None, opened.fingerprint) and not self.accept_change:
+                named = DATASETS[data.train].needs_name if data.train in DATASETS else False
                 raise ValueError(
                     f"data set {opened.name}: its content has changed (fingerprint {before} before, "
-                    f"{opened.fingerprint} now); give it another data.name, or pass --accept-data-change"
+                    f"{opened.fingerprint} now); {'give it another data.name, or ' if named else ''}pass "
+                    "--accept-data-change"
                 )
             self.found[name] = opened.fingerprint
         return self.found[name]

@@ -14,6 +14,8 @@ from trainers.section import LISTED, ONCE, Section
 def _data_set(name: str) -> str:
     if catalog.is_evaluation_set(name):
         return name
+    if name in catalog.DATASETS:
+        raise ValueError(f"is {shown(name)}, whose content is your own; allowed: {name}/NAME, which names it")
     raise ValueError(
         f"is {shown(name)}, which is no data set{did_you_mean(name, catalog.DATASETS)}; allowed: "
         f"{', '.join(catalog.DATASETS)}, image_folder/NAME, or package.module:build of your own"

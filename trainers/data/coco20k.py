@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,17 +155,15 @@ def _loaded(path: Path, chosen: frozenset[int]) -> Mapping[str, Any]:
 
 
 def _box(item: Mapping[str, Any], order: Mapping[int, int], path: Path) -> tuple[float, ...]:
-    """x0, y0, x1, y1 and class; corners are rounded as Python does, halves to even."""
+    """x0, y0, x1, y1, NaN where they are not finite, and class; corners are rounded as Python does, halves to even."""
     box, category = item.get("bbox"), item.get("category_id")
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(isinstance(v, (int, float)) and np.isfinite(v) for v in box)
-    ):
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
         raise ValueError(f"{path}: annotation {item.get('id')} has {str(box)[:100]} as bbox; needed: four numbers")
     if not isinstance(category, int) or category not in order:
         raise ValueError(f"{path}: annotation {item.get('id')} has category {category!a}, which is not listed")
     x, y, width, height = box
+    if not all(math.isfinite(value) for value in box):
+        return (math.nan,) * 4 + (order[category],)  # dropped, and remarked on, with the image's other boxes kept
     return (*(float(round(value)) for value in (x, y, x + width, y + height)), order[category])
 
 
