@@ -25,7 +25,7 @@ from tests.trainers.discovered import (
 from trainers.config import EvaluationConfig, resolve
 from trainers.data import DataSet
 from trainers.findings import Arrays, Picture, Score
-from trainers.probes import Context, lost, lost_pictures
+from trainers.probes import Context, lost, lost_pictures, object_discovery
 from trainers.probes.fitted import Probes
 from trainers.streams import Streams
 from trainers.vit import ViT
@@ -342,4 +342,11 @@ def test_boxes_of_pictures_end_where_the_image_does(monkeypatch: pytest.MonkeyPa
     (example,) = drawn
     assert example.stages["keys"].box == tuple(boxes[0]) and example.truth.tolist() == boxes
     assert list(example.stages) == ["queries", "keys", "values"]
-    assert example.stages["keys"].score.shape == (12, 17) and example.pixels.shape == (90, 133, 3)
+    assert example.stages["keys"].score.shape == (12, 17) and example.pixels.shape == (96, 136, 3)
+
+
+def test_pictures_show_the_padding_that_maps_cover() -> None:
+    pixels = np.zeros((36, 48, 3), np.uint8)
+    looked = object_discovery._Looked(torch.zeros(1, 3, 40, 48), pixels, np.zeros((0, 4)), (5, 6))
+    assert looked.padded.shape == (40, 48, 3)
+    assert (looked.padded[:36] == 0).all() and (looked.padded[36:] == 255).all()

@@ -143,7 +143,10 @@ def _unpickled(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}") from error
     # What unpickling raises on other content.
-    except (pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+    except (
+        *(pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, AttributeError),
+        *(ImportError, OverflowError, MemoryError, RecursionError),
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{file} is damaged or not the published file: {reason[:200]}") from error
     if not isinstance(content, dict):

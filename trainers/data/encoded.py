@@ -1,7 +1,9 @@
 """Where the bytes of an encoded image are: a file under the data set's root, or a part of an archive there.
 
 A reference is a string: a path relative to the root, or, for a member of an uncompressed archive,
-ARCHIVE@OFFSET+SIZE@NAME. So archives need not be unpacked, and any of their members is read without the others.
+ARCHIVE@OFFSET+SIZE@NAME, where ARCHIVE ends with .tar. So archives need not be unpacked, and any of their members is
+read without the others. What a reference is follows from its text alone: files may have an @ in their names, and
+those few that would look like members are refused where folders are listed.
 """
 
 from __future__ import annotations
@@ -11,29 +13,29 @@ import os
 import re
 from pathlib import Path, PurePosixPath
 
-_MEMBER = re.compile(r"(?P<archive>[^@]+)@(?P<offset>\d+)\+(?P<size>\d+)@(?P<name>.*)", re.DOTALL)
+_MEMBER = re.compile(r"(?P<archive>[^@]+\.tar)@(?P<offset>\d+)\+(?P<size>\d+)@(?P<name>.*)", re.DOTALL)
 
 
 def member(archive: str, offset: int, size: int, name: str) -> str:
-    """The reference to `size` bytes at `offset` of an archive whose path has no @."""
+    """The reference to `size` bytes at `offset` of an archive whose path has no @ and ends with .tar."""
     return f"{archive}@{offset}+{size}@{name}"
 
 
-def _found(root: Path, reference: str) -> re.Match[str] | None:
-    """The parts of a reference to a member; None of a path, also of one that looks like such a reference."""
-    found = _MEMBER.fullmatch(reference)
-    return None if found is None or (root / reference).is_file() else found
-
-
-def file_of(root: Path, reference: str) -> str:
+def file_of(reference: str) -> str:
     """The path, relative to the root, of the file that holds what a reference stands for."""
-    found = _found(root, reference)
+    found = _MEMBER.fullmatch(reference)
     return reference if found is None else found["archive"]
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path relative to a folder may lead out of it: paths in lists and archives come from elsewhere."""
+    inner = PurePosixPath(path)
+    return inner.is_absolute() or ".." in inner.parts
 
 
 def encoded_size(root: Path, reference: str) -> int:
     """How many bytes `opened` gives; -1 where there is no such file."""
-    found = _found(root, reference)
+    found = _MEMBER.fullmatch(reference)
     if found is not None:
         return int(found["size"])
     try:
@@ -49,9 +51,9 @@ def opened(root: Path, reference: str) -> Path | io.BytesIO:
         OSError: it leads out of the root, is no file (a pipe would block) or empty, or the archive ends before the
             member does.
     """
-    found = _found(root, reference)
-    inner = PurePosixPath(found["archive"] if found else reference)
-    if inner.is_absolute() or ".." in inner.parts:  # lists and archives come from elsewhere
+    found = _MEMBER.fullmatch(reference)
+    inner = found["archive"] if found else reference
+    if leads_out(inner):
         raise OSError("leads out of the folder of the data set")
     path = root / inner
     if not path.is_file():

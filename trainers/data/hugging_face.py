@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -133,13 +134,13 @@ def _check_names(root: Path, readers: Mapping[str, Any], class_names: tuple[str,
 
 
 def _within(root: Path, path: str) -> Path:
-    """A file that a table names instead of holding it.
+    """A file that a table names instead of holding it; links are followed, as the hub's own folders have them.
 
     Raises:
         OSError: it lies elsewhere than in the data set's folder.
     """
-    file = (root / path).resolve()
-    if not file.is_relative_to(root.resolve()):
+    file = Path(os.path.abspath(root / path))
+    if not any(file.is_relative_to(folder) for folder in (Path(os.path.abspath(root)), root.resolve())):
         raise OSError("leads out of the folder of the data set")
     return file
 

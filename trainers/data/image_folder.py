@@ -13,6 +13,7 @@ from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import SPLITS
 from trainers.data.cache import Source
+from trainers.data.encoded import file_of
 from trainers.data.listing import SUFFIXES, Description, Listing, root_of, source
 
 FOLDERS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
@@ -86,7 +87,11 @@ def _listing(folder: Path, names: list[str], class_names: tuple[str, ...], diges
 
 
 def images_below(folder: str, relative: str) -> Iterator[tuple[str, str]]:
-    """Files that by their names are images, in and below a folder, in a fixed order, with size and time of change."""
+    """Files that by their names are images, in and below a folder, in a fixed order, with size and time of change.
+
+    Raises:
+        ValueError: a path reads like that of an archive's member; see trainers.data.encoded.
+    """
     with os.scandir(folder) as entries:  # millions of files: Path costs four times as much
         found = sorted(entries, key=lambda entry: entry.name)
     for entry in found:
@@ -95,7 +100,10 @@ def images_below(folder: str, relative: str) -> Iterator[tuple[str, str]]:
         if entry.is_dir(follow_symlinks=False):
             yield from images_below(entry.path, f"{relative}/{entry.name}")
         elif f".{entry.name.rpartition('.')[2].lower()}" in SUFFIXES:
-            yield f"{relative}/{entry.name}", _stamp(entry)
+            path = f"{relative}/{entry.name}"
+            if "@" in path and file_of(path) != path:
+                raise ValueError(f"{entry.path}: its name reads like that of a member of an archive; rename it")
+            yield path, _stamp(entry)
 
 
 def _stamp(entry: os.DirEntry[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import SPLITS
 from trainers.data.archives import Member, members, packed_texts, referable, remembered, texts
 from trainers.data.cache import Source
+from trainers.data.encoded import leads_out
 from trainers.data.encoded import member as reference
 from trainers.data.listing import SUFFIXES, Description, Listing, root_of, source, stamps
 from trainers.data.tables import TABLES, rows
@@ -137,7 +139,11 @@ def _table(root: Path, file: Path) -> Pairs:
         if not path or "://" in path:
             pairs.faults.append((f"{file.relative_to(root)} row {number}", f"{path or 'nothing'} is no path of a file"))
             continue
-        pairs.add((folder / path).as_posix(), caption)
+        inner = posixpath.normpath((folder / path).as_posix())
+        if leads_out(inner):
+            pairs.faults.append((f"{file.relative_to(root)} row {number}", f"{path!a} leads out of the data set"))
+            continue
+        pairs.add(inner, caption)
     return pairs
 
 

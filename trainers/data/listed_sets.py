@@ -11,6 +11,7 @@ import numpy as np
 from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data.cache import Source
+from trainers.data.labels import relative
 from trainers.data.listing import SUFFIXES, Description, Listing, root_of, source, stamps
 from trainers.data.splits import uniforms
 
@@ -71,7 +72,8 @@ def cub200(config: DataConfig, execution: ExecutionConfig, side: int, cache: Pat
         ValueError: a list is missing or damaged, or does not name every image; one line that names it.
     """
     root, base = _base(config, execution, "images.txt", ("CUB_200_2011",))
-    files = _numbered(base / "images.txt")
+    listed = base / "images.txt"
+    files = {number: relative(path, f"{listed}: image {number}") for number, path in _numbered(listed).items()}
     named = _numbered(base / "classes.txt")
     class_names = tuple(name.partition(".")[2].replace("_", " ") for name in named.values())
     if list(named) != [str(number) for number in range(1, len(named) + 1)]:
@@ -115,10 +117,11 @@ def places205(config: DataConfig, execution: ExecutionConfig, side: int, cache: 
             path, _, number = text.rpartition(" ")
             if not path or not number.isdecimal():
                 raise ValueError(f"{file} line {line}: {text[:80]!r} is not PATH NUMBER")
-            folder = path.rpartition("/")[0].strip("/")
+            path = relative(path, f"{file} line {line}")
+            folder = path.rpartition("/")[0]
             if folders.setdefault(int(number), folder) != folder:
                 raise ValueError(f"{file} line {line}: {path} has class {number}, which is {folders[int(number)]}")
-            paths.append(f"{PLACES205_IMAGES}/{path.lstrip('/')}")
+            paths.append(f"{PLACES205_IMAGES}/{path}")
             classes.append(int(number))
         listings[split] = _listing(paths, classes)
     numbers = sorted(folders)

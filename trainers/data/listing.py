@@ -117,7 +117,7 @@ def stamps(root: Path, paths: Iterable[str]) -> str:
     digest = hashlib.sha256()
     archive, stamp = None, ""
     for path in paths:
-        file = file_of(root, path) if "@" in path else path
+        file = file_of(path) if "@" in path else path
         if file == path or file != archive:  # members of an archive follow one another
             stamp, archive = _stamp(root / file), None if file == path else file
         digest.update(f"{path}\0{stamp}\n".encode("utf-8", "surrogateescape"))

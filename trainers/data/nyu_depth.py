@@ -104,7 +104,7 @@ def _from_lists(root: Path, lists: Mapping[str, str]) -> tuple[dict[str, _Part],
         images = tuple(prefix + image for image, _ in pairs)
         depths = tuple(prefix + depth for _, depth in pairs)
         files += [*images, *depths]
-        found[split] = _Part(Listing(images, maps={"depth": depths}), [_recording(image) for image, _ in pairs])
+        found[split] = _Part(Listing(images, maps={"depth": depths}), [_recording(str(Path(image).parent)) for image, _ in pairs])
     common = set(found["train"].listing.paths) & set(found["test"].listing.paths)
     if common:
         raise ValueError(f"{root}: {min(common)} is in the lists of train and of test")
@@ -112,9 +112,9 @@ def _from_lists(root: Path, lists: Mapping[str, str]) -> tuple[dict[str, _Part],
     return found, Description(read=read, facts={"max_depth": MAX_DEPTH}, faults=tuple(faults)), files
 
 
-def _recording(image: str) -> str:
-    """The recording of an image: its folder without the letter of a part, as in kitchen_0028a and kitchen_0028b."""
-    return re.sub(r"(?<=\d)[a-z]$", "", str(Path(image).parent))
+def _recording(scene: str) -> str:
+    """The recording that a scene is of: its name without the letter of a part, as kitchen_0028a and kitchen_0028b."""
+    return re.sub(r"(?<=\d)[a-z]$", "", scene)
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str | None]]:
@@ -152,7 +152,7 @@ def _from_labelled(root: Path) -> tuple[dict[str, _Part], Description, list[str]
             tuple(f"{LABELLED}@image/{number}" for number in numbers.tolist()),
             maps={"depth": tuple(f"{LABELLED}@depth/{number}" for number in numbers.tolist())},
         )
-        found[split] = _Part(listing, [scenes[number] for number in numbers])
+        found[split] = _Part(listing, [_recording(scenes[number]) for number in numbers])
     described = Description(read={"depth": known_depth}, facts={"max_depth": MAX_DEPTH}, open=labelled.open)
     return found, described, [LABELLED, PUBLISHED_SPLITS]
 

@@ -39,6 +39,8 @@ CONTENT = "content"  # target of padded images: what is no padding
 
 _UPRIGHT = 1  # EXIF's orientation of images that need not be turned
 _LAZY = {"segmentation": (np.uint8, 2), "depth": (np.float16, 2), "boxes": (np.float32, 1), CONTENT: (np.float32, 0)}
+# Errors of the system that a file has on every machine and for ever; those of Pillow have no number.
+_OF_FILES = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 Row = TypeVar("Row")
 
@@ -115,7 +117,7 @@ class Unreadable:
     def _write(self, path: str, reason: str) -> int:
         """Names the image unless it is named already; how many are, by all processes."""
         shown = path if path.isprintable() else ascii(path)[1:-1]
-        with self.file.open("a+", encoding="utf-8") as file:
+        with self.file.open("a+", encoding="utf-8", errors="backslashreplace") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             named = {line.partition("\t")[0] for line in file}
@@ -152,7 +154,8 @@ class Streamed:
         self.shape = (len(paths), side, side, 3)
         self.workers, self.unreadable = workers, unreadable
         self._paths, self._source, self._square, self._classes = paths, source, square, classes
-        self._replaced: dict[int, int] = {}  # rows that cannot be read, and those that stand for them
+        # Rows that cannot be read, and those that stand for them: apart for squares, for which maps are read as well.
+        self._replaced: dict[str, dict[int, int]] = {"square": {}, "original": {}}
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -174,7 +177,7 @@ class Streamed:
 
     def square(self, row: int) -> Square:
         """An image, or the one that replaces it, as a square."""
-        return self._readable(row, self._square)[1]
+        return self._readable("square", row, self._square)[1]
 
     def original(self, row: int) -> tuple[int, npt.NDArray[np.uint8]]:
         """An image at its own size, uint8 [H, W, 3], and its row: another one where it is replaced.
@@ -182,16 +185,17 @@ class Streamed:
         Raises:
             ValueError: more images cannot be read than are tolerated, or none can.
         """
-        return self._readable(row, lambda candidate: decode_original(self._source(candidate)))
+        return self._readable("original", row, lambda candidate: decode_original(self._source(candidate)))
 
-    def _readable(self, row: int, read: Callable[[int], Row]) -> tuple[int, Row]:
-        if row in self._replaced:
+    def _readable(self, kind: str, row: int, read: Callable[[int], Row]) -> tuple[int, Row]:
+        replaced = self._replaced[kind]
+        if row in replaced:
             self.unreadable.check()
-        for candidate in self._candidates(self._replaced.get(row, row)):
+        for candidate in self._candidates(replaced.get(row, row)):
             try:
                 result = read(candidate)
                 if candidate != row:
-                    self._replaced[row] = candidate
+                    replaced[row] = candidate
                 return candidate, result
             except Exception as error:
                 if _passes(error):  # another image now would be another run than its twin's
@@ -203,24 +207,23 @@ class Streamed:
     def _candidates(self, row: int) -> Iterator[int]:
         """The image itself, then those after it, first of its class, then of all, around the end."""
         yield row
-        following = (other % len(self) for other in range(row + 1, row + len(self)))
+        following = range(row + 1, row + len(self))  # as few are looked at as it takes: there may be millions
         if self._classes is None:
-            yield from following
+            yield from (other % len(self) for other in following)
             return
-        others: list[int] = []
-        for other in following:  # as few are looked at as it takes: there may be millions
-            if self._classes[other] == self._classes[row]:
-                yield other
-            else:
-                others.append(other)
-        yield from others
+        for alike in (True, False):
+            for other in (number % len(self) for number in following):
+                if (self._classes[other] == self._classes[row]) == alike:
+                    yield other
 
 
-def _passes(error: Exception) -> bool:
+def _passes(error: BaseException | None) -> bool:
     """Whether the machine is at fault and not the file: memory, open files, a network disk that is away."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL)
+    while error is not None:  # maps are read by who says which file it was
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in _OF_FILES):
+            return True
+        error = error.__cause__
+    return False
 
 
 class LazyTarget:

@@ -15,6 +15,8 @@ from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import SPLITS
 from trainers.data.cache import Source
+from trainers.data.encoded import leads_out
+from trainers.data.labels import relative
 from trainers.data.listing import Description, Listing, root_of, source, stamps
 
 
@@ -187,11 +189,14 @@ def _listed(
     wrong = [file for file, number in zip(files, classes, strict=True) if not 0 <= number < len(names)]
     if wrong:
         raise ValueError(f"{wrong[0]}: its class is none of the {len(names)} of {root / family.base}")
-    relative = tuple(os.path.relpath(file, root) for file in files)
-    doubled = len(relative) - len(set(relative))
+    paths = tuple(os.path.relpath(file, root) for file in files)
+    outside = [path for path in paths if leads_out(path)]
+    if outside:
+        raise ValueError(f"{root / family.base} lists {outside[0]!a}, which leads out of {root}")
+    doubled = len(paths) - len(set(paths))
     if doubled:
         raise ValueError(f"{root / family.base} lists {doubled} images twice")
-    return Listing(relative, {"classes": np.array(classes, np.int64)}), names
+    return Listing(paths, {"classes": np.array(classes, np.int64)}), names
 
 
 def _samples(opened: Any) -> tuple[Sequence[str], Sequence[int]]:
@@ -216,7 +221,8 @@ def _partition(base: Path, found: Listing, names: tuple[str, ...]) -> tuple[dict
     numbers = {name: number for number, name in enumerate(names)}
     listings = {}
     for split, file in files.items():
-        listed = [line.strip().lstrip("/") for line in file.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        listed = [relative(line, f"{file}: entry {number}") for number, line in enumerate(lines, 1)]
         unknown = [path for path in listed if path.rpartition("/")[0].partition("/")[2] not in numbers]
         if unknown:
             raise ValueError(f"{file} names {unknown[0]}, whose folder is no class of {base / 'ClassName.txt'}")

@@ -168,7 +168,7 @@ class Discovery:
                 looked = _look(part, position, self.settings.whole)
                 read = taps(seen.backbone, looked.input, _KINDS)
                 of_kinds = {kind: self._stages(read[kind], looked) for kind in _KINDS}
-                examples.append(Example(looked.pixels, looked.truth, of_kinds))
+                examples.append(Example(looked.padded, looked.truth, of_kinds))
         length = "of length 1" if self.settings.normalize else "as they are"
         title = f"Object discovery by LOST: features {length}, bias {self.bias:g}; metrics are of {self.kind}"
         return Picture(NAME, lost_pictures.draw(title, examples))
@@ -251,6 +251,12 @@ class _Looked:
     pixels: NDArray[np.uint8]
     truth: NDArray[np.floating]
     grid: tuple[int, int]
+
+    @property
+    def padded(self) -> NDArray[np.uint8]:
+        """The pixels with the padding of the input, white, so that maps of patches lie over them."""
+        missing = [(0, max(0, size - own)) for size, own in zip(self.input.shape[2:], self.pixels.shape, strict=False)]
+        return np.pad(self.pixels, [*missing, (0, 0)], constant_values=255)
 
     @property
     def truth_size(self) -> tuple[float, float]:
