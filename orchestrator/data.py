@@ -51,6 +51,7 @@ def _entry(name: str, entry: catalog.DataEntry) -> dict[str, Any]:
         "how_to_get": entry.how_to_get,
         "layout": entry.layout,
         "counts": dict(entry.counts),
+        "other_counts": dict(entry.other_counts),
     }
 
 
@@ -71,6 +72,9 @@ def check(name: str, root: Path | None, size: int | None, cache: Path, *, as_jso
         raise ValueError(
             f"{name!r} is no data set; allowed: {', '.join(catalog.DATASETS)}, or package.module:build of your own"
         )
+    if root is None and entry in catalog.DATASETS and catalog.DATASETS[entry].needs_root:
+        how = catalog.DATASETS[entry].how_to_get
+        raise ValueError(f"--root is missing: {name} needs the folder of its files; {how}")
     from trainers.config import DataConfig, ExecutionConfig
     from trainers.data.check import check as check_data
 

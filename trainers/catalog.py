@@ -43,7 +43,9 @@ class DataEntry:
     how_to_get: str
     needs_name: bool = False  # content of the user's own: needs `data.name`
     layout: str = ""  # which files are expected under the root
-    counts: Mapping[str, int] = field(default_factory=dict)  # images by published split, and "classes", as published
+    # As published: images by split, "images" of all splits, and "classes"; `other_counts` are those of another layout.
+    counts: Mapping[str, int] = field(default_factory=dict)
+    other_counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -364,6 +366,8 @@ DATASETS = {
         layout="{nyu_train,nyu_test}.txt or nyudepthv2_{train,test}_files_with_gt.txt of lines SCENE/rgb_00000.jpg "
         "SCENE/sync_depth_00000.png FOCAL_LENGTH, with scenes in the root, sync/ or official_splits/{train,test}/; "
         "or nyu_depth_v2_labeled.mat and splits.mat",
+        counts={"train": 24_231, "test": 654},
+        other_counts={"train": 795, "test": 654},
     ),
     "coco20k": DataEntry(
         build="trainers.data.coco20k:build",
@@ -374,6 +378,7 @@ DATASETS = {
         how_to_get="train2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download, unpacked, "
         "and datasets/coco_20k_filenames.txt (19,817 lines) of https://github.com/valeoai/LOST",
         layout="train2014/, annotations/instances_train2014.json, coco_20k_filenames.txt",
+        counts={"images": 19_817},
     ),
 }
 

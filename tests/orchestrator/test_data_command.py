@@ -16,10 +16,12 @@ from PIL import Image
 from orchestrator import data as command
 from tests.orchestrator.sweeps import ORCHESTRATE, imported_by, run
 from tests.trainers import layouts_data as layouts
+from tests.trainers.layouts_dense import coco20k
 from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import open_data
 from trainers.data.cache import Source, Writer
+from trainers.data.check import _notes
 from trainers.data.listing import Description, Listing, source
 
 
@@ -236,6 +238,25 @@ def test_counts_are_compared_with_those_published(tmp_path: Path, capsys: pytest
         assert [note for note in notes if "published" in note] == [
             f"{found}, published are {published}" for found, published in pairs
         ]
+
+
+@pytest.mark.parametrize(("train", "noted"), [(24_231, False), (795, False), (24_230, True), (0, True)])
+def test_either_layout_of_a_published_set_is_complete(train: int, noted: bool) -> None:
+    images = {"train": train - min(train, 100), "validation": min(train, 100), "test": 654}
+    notes = [note for note in _notes(images, {}, catalog.DATASETS["nyu_depth"]) if "published" in note]
+    assert notes == ([f"{train:,} images for train, published are 24,231 or 795"] if noted else [])
+
+
+def test_a_shortened_list_of_coco20k_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes = checked("coco20k", coco20k(tmp_path / "root", 12), capsys, tmp_path / "cache")["notes"]
+    assert notes == ["12 images in all, published are 19,817"]
+    whole = {"train": 19_000, "validation": 400, "test": 417}
+    assert list(_notes(whole, {}, catalog.DATASETS["coco20k"])) == []
+
+
+def test_a_missing_root_is_said_as_the_command_has_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--root is missing: ade20k needs the folder of its files; http"):
+        command.check("ade20k", None, 8, tmp_path, as_json=True)
 
 
 def own(config: DataConfig, execution: ExecutionConfig, side: int, cache: Path) -> Source:

@@ -15,7 +15,7 @@ import pytest
 from tests.trainers import layouts_data as layouts
 from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
-from trainers.data import SPLITS, DataSet, open_data, source_of
+from trainers.data import SPLITS, DataSet, cifar, open_data, source_of
 from trainers.data.listed_sets import CALTECH101
 
 SIDE = 8
@@ -209,6 +209,26 @@ WRONG: list[tuple[str, Callable[[Path], object], str]] = [
         "train_test_split.txt has nothing for image 24",
     ),
     ("cub200", lambda r: replaced(r / CUB / "images.txt", "24 ", "23 "), "line 24: .* with a new number"),
+    (
+        "cub200",
+        lambda r: replaced(r / CUB / "images.txt", "24 003", "24 ../003"),
+        r"images.txt: image 24 names '\.\./003.*, which is no path within a folder",
+    ),
+    (
+        "places205",
+        lambda r: replaced(r / PLACES / "val_places205.csv", "a/abbey", "../abbey"),
+        r"val_places205.csv line 1 names '\.\./abbey.*, which is no path within a folder",
+    ),
+    (
+        "sun397",
+        lambda r: replaced(r / "SUN397/Testing_01.txt", "/y/yard/", "/../../y/yard/"),
+        r"Testing_01.txt: entry \d+ names .*, which is no path within a folder",
+    ),
+    (
+        "food101",
+        lambda r: replaced(r / "food-101/meta/test.json", '": ["', '": ["../../../'),
+        r"lists '\.\./.*', which leads out of",
+    ),
     ("cub200", lambda r: replaced(r / CUB / "classes.txt", "3 ", "4 "), "does not number its classes from 1"),
     ("places205", lambda r: (r / PLACES / "val_places205.csv").unlink(), "val_places205.csv cannot be read"),
     (
@@ -263,6 +283,20 @@ def test_wrong_files_are_named_in_one_line(
     with pytest.raises(ValueError, match=message) as raised:
         opened(name, root, tmp_path / "cache")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [ImportError, OverflowError, MemoryError])
+def test_whatever_unpickling_raises_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    root = layouts.cifar100(tmp_path / "root", layouts.Painter())
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cifar._Unpickler, "load", fail)
+    with pytest.raises(ValueError, match=f"meta is damaged or not the published file: {error.__name__}"):
+        opened("cifar100", root, tmp_path / "cache")
 
 
 def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:

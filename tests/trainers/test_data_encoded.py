@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.data.encoded import encoded_size, file_of, member, opened
+from trainers.data.encoded import encoded_size, file_of, leads_out, member, opened
 from trainers.data.pictures import decode_whole
 
 
@@ -90,5 +90,19 @@ def test_a_file_whose_name_looks_like_a_member_is_a_file(tmp_path: Path) -> None
     name = "x@1+99@y.png"
     (tmp_path / name).write_bytes(b"12345")
     assert opened(tmp_path, name) == tmp_path / name
-    assert (encoded_size(tmp_path, name), file_of(tmp_path, name)) == (5, name)
-    assert file_of(tmp_path, "a.tar@1+99@y.png") == "a.tar"
+    assert (encoded_size(tmp_path, name), file_of(name)) == (5, name)
+
+
+def test_what_a_reference_is_follows_from_its_text() -> None:
+    """However long a member's name is: no file system is asked."""
+    for reference, file in (
+        ("a.tar@1+99@y.png", "a.tar"),
+        (member("d/a.tar", 0, 9, "n" * 4_000), "d/a.tar"),
+        ("a.tar/x@1+99@y.png", "a.tar/x@1+99@y.png"),
+        ("img@2x.jpg", "img@2x.jpg"),
+    ):
+        assert file_of(reference) == file
+
+
+def test_paths_that_may_lead_out_are_known() -> None:
+    assert [leads_out(path) for path in ("/x", "../x", "a/../x", "a/..x", "a..")] == [True, True, True, False, False]

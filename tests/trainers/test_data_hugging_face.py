@@ -17,6 +17,7 @@ from PIL import Image
 from tests.trainers import layouts_data as layouts
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import SPLITS, DataSet, open_data
+from trainers.data.hugging_face import _within
 
 ANT_BEE = {"names": ["ant", "bee"], "_type": "ClassLabel"}
 
@@ -165,3 +166,17 @@ def test_columns_that_hold_no_images_are_said_in_one_line(tmp_path: Path, draw: 
     with pytest.raises(ValueError, match="is no data set that `datasets` reads, or damaged") as raised:
         opened(root.parent, tmp_path / "cache")
     assert "\n" not in str(raised.value)
+
+
+def test_files_that_tables_name_lie_in_the_folder_or_are_linked_there(tmp_path: Path) -> None:
+    root = tmp_path / "snapshot"
+    root.mkdir()
+    (tmp_path / "blob").write_bytes(b"x")
+    (root / "a.png").symlink_to(tmp_path / "blob")  # as the hub keeps its files
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    for folder, path in ((root, "a.png"), (root, str(root / "a.png")), (linked, str(root / "a.png"))):
+        assert _within(folder, path).read_bytes() == b"x"
+    for path in ("../blob", str(tmp_path / "blob"), "b/../../blob", str(root) + "2/a.png"):
+        with pytest.raises(OSError, match="leads out of the folder"):
+            _within(root, path)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tests.trainers.runs import run
 from trainers.config import DataConfig, ExecutionConfig, identity, resolve
 from trainers.data import SPLITS, DataSet, open_data
-from trainers.data.image_folder import build
+from trainers.data.image_folder import build, images_below
 from trainers.data.pictures import decode
 from trainers.tokens import table as token_table
 
@@ -367,3 +367,12 @@ def test_all_kinds_of_pixels_become_rgb(tmp_path: Path) -> None:
         decoded = decode(tmp_path / name, 4).pixels
         assert (decoded.shape, decoded.dtype) == ((4, 4, 3), np.uint8)
         assert np.abs(decoded.astype(int) - expected).max() <= 2, name
+
+
+def test_a_file_that_reads_like_a_member_of_an_archive_is_refused(tmp_path: Path) -> None:
+    for name in ("a@1+2@b.png", "a.tar@1x.png"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path for path, _ in images_below(str(tmp_path), "c")] == ["c/a.tar@1x.png", "c/a@1+2@b.png"]
+    (tmp_path / "a.tar@1+2@b.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a\.tar@1\+2@b\.png: its name reads like .*; rename it"):
+        list(images_below(str(tmp_path), "c"))

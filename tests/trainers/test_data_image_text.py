@@ -239,3 +239,26 @@ def test_fields_longer_than_csv_allows_by_itself_are_read(name: str, tmp_path: P
     }
     assert "x" * LONGEST in found
     assert csv.field_size_limit() == limit
+
+
+def test_rows_that_lead_out_of_the_data_set_are_named(tmp_path: Path) -> None:
+    layouts.Painter().save(tmp_path / "out.png", 1)
+    root = layouts.table(tmp_path / "root", layouts.Painter(), "train.csv", ("path", "caption"))
+    inner = opened(root, tmp_path / "a")
+    with (root / "train.csv").open("a") as file:
+        file.write(f"12,../out.png,one\n13,{tmp_path / 'out.png'},two\n14,x/../../out.png,three\n")
+    data = opened(root, tmp_path / "b", max_unreadable=0.9)
+    assert pairs(data) == pairs(inner)
+    assert data.unreadable == ("train.csv row 13", "train.csv row 14", "train.csv row 15")
+    (file,) = (tmp_path / "b").glob("pairs-*/unreadable.txt")
+    assert file.read_text().count("leads out of the data set") == 3
+
+
+def test_a_table_in_a_folder_may_name_files_beside_it(tmp_path: Path) -> None:
+    root = layouts.table(tmp_path / "root", layouts.Painter(), "train.csv", ("path", "caption"))
+    inner = pairs(opened(root, tmp_path / "cache"))
+    lines = (root / "train.csv").read_text().splitlines()
+    (root / "train").mkdir()
+    (root / "train" / "list.csv").write_text("\n".join(lines).replace("images/", "../images/"))
+    (root / "train.csv").unlink()
+    assert pairs(opened(root, tmp_path / "cache")) == inner

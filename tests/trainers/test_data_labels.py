@@ -105,6 +105,8 @@ def test_boxes_that_cannot_be_right_are_dropped_and_said() -> None:
         "1 of 11 boxes clipped to the image",
     )
     assert boxes_within(np.zeros((0, 5), np.float32), 4, 4)[1] == ()
+    found, remarks = boxes_within(np.array([[1, 1, 3, 3, np.nan], [1, 1, 3, 3, 2]], np.float32), 4, 4)
+    assert found.tolist() == [[1, 1, 3, 3, 2]] and remarks == ("1 of 2 boxes of a class that is not listed",)
 
 
 def test_lists_are_read_without_blanks(tmp_path: Path) -> None:

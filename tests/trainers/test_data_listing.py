@@ -254,3 +254,11 @@ def test_a_change_shows_in_files_with_an_at_sign_too(tmp_path: Path) -> None:
     before = stamps(tmp_path, ["image@2x.jpg"])
     (tmp_path / "image@2x.jpg").write_bytes(b"three")
     assert stamps(tmp_path, ["image@2x.jpg"]) != before
+
+
+def test_members_with_long_names_are_stamped_as_their_archive(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"one")
+    reference = "a.tar@0+3@" + "n" * 300  # longer than a file's name may be
+    before = stamps(tmp_path, [reference])
+    (tmp_path / "a.tar").write_bytes(b"three")
+    assert stamps(tmp_path, [reference]) != before

@@ -11,6 +11,7 @@ import pytest
 from tests.trainers.layouts_dense import HEIGHT, WIDTH, depth_of, nyu_depth, nyu_labelled, object_box, pixels
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import SPLITS, DataSet, open_data
+from trainers.data.nyu_depth import _Labelled, _recording
 
 SIDE = HEIGHT
 LEFT = (WIDTH - HEIGHT) // 2
@@ -160,3 +161,32 @@ def test_without_h5py_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ValueError, match=r"install h5py \(pip install 'register-ablations\[nyu\]'\), or use lists"):
         opened(tmp_path)
+
+
+def test_parts_of_a_recording_are_held_out_together(tmp_path: Path) -> None:
+    root = nyu_depth(tmp_path, scenes=3, frames=4, test=2)
+    file = root / "nyudepthv2_train_files_with_gt.txt"
+    for number, name in enumerate(("kitchen_0028a", "kitchen_0028b", "study_0001c")):
+        scene = f"scene_{number:04}"
+        (root / "sync" / scene).rename(root / "sync" / name)
+        file.write_text(file.read_text().replace(f"{scene}/", f"{name}/"))
+    for seed in range(4):
+        data = opened(root, validation_fraction=0.3, seed=seed)
+        recordings = [{path.split("/")[-2][:-1] for path in part.paths or ()} for part in (data.train, data.validation)]
+        assert sorted(map(sorted, recordings)) == [["kitchen_0028"], ["study_0001"]]
+
+
+def test_parts_in_the_labelled_file_are_held_out_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = nyu_labelled(tmp_path, 12, test=[9, 10, 11])  # images 0 to 8 are for training
+    monkeypatch.setattr(_Labelled, "scenes", lambda self: ["kitchen_0028a"] * 3 + ["kitchen_0028b"] * 3 + ["study"] * 6)
+    for seed in range(4):
+        data = opened(root, validation_fraction=0.3, seed=seed)
+        found = [
+            {int(path.rpartition("/")[2]) // 6 for path in part.paths or ()} for part in (data.train, data.validation)
+        ]
+        assert sorted(map(sorted, found)) == [[0], [1]]
+
+
+def test_only_the_letter_of_a_part_is_taken_off() -> None:
+    names = ["kitchen_0028a", "a/kitchen_0028b", "office_0003", "bedroom"]
+    assert [_recording(name) for name in names] == ["kitchen_0028", "a/kitchen_0028", "office_0003", "bedroom"]

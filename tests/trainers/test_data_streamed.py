@@ -9,13 +9,15 @@ import os
 import subprocess
 import sys
 import tarfile
+import tracemalloc
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from orchestrator.plan import build_plan
 from orchestrator.sweep import Sweep
@@ -25,8 +27,8 @@ from trainers import checkpoint
 from trainers.config import DataConfig, ExecutionConfig, resolve
 from trainers.data import DataSet, open_data
 from trainers.data import streamed as streaming_module
-from trainers.data.pictures import decode_whole
-from trainers.data.streamed import UNREADABLE, Ahead, LazyTarget, Streamed, Unreadable, decode_original
+from trainers.data.pictures import Square, decode_whole
+from trainers.data.streamed import UNREADABLE, Ahead, LazyTarget, Streamed, Unreadable, _passes, decode_original
 from trainers.loader import Order, Reader, Shares, batches
 from trainers.ragged import Ragged
 from trainers.streams import Streams
@@ -337,6 +339,69 @@ def test_what_the_machine_does_wrong_replaces_no_image(
     with pytest.raises(type(error)):
         streamed(data).original(0)
     assert not list((tmp_path / "cache").glob(f"*/{UNREADABLE}"))
+
+
+def in_memory(
+    bad_squares: Collection[int], bad_originals: Collection[int], classes: Any, file: Path, count: int = 0
+) -> Streamed:
+    """Images without files, of which some cannot be read as squares, and others at their own size."""
+    length = count or len(classes)
+
+    def square(row: int) -> Square:
+        if row in bad_squares:
+            raise ValueError("damaged")
+        return Square(np.full((8, 8, 3), row % 200, np.uint8), np.zeros(4, np.float32))
+
+    def source(row: int) -> io.BytesIO:
+        return io.BytesIO(b"damaged" if row in bad_originals else jpeg(row % 200))
+
+    unreadable = Unreadable(file, 5, "x", "y")
+    return Streamed(Names(length), source, square, classes, 8, 1, unreadable)
+
+
+class Names(Sequence[str]):
+    """Names of many images that take no memory."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, row: Any) -> Any:
+        return f"{row}.jpg"
+
+
+def test_what_only_a_square_lacks_replaces_no_original(tmp_path: Path) -> None:
+    """Its map may be damaged: the original is the same, whether a probe has met it before or not."""
+    images = in_memory([1], [2], np.zeros(4, np.int64), tmp_path / "x.txt")
+    assert images.square(1).pixels[0, 0, 0] == 2
+    assert images.original(1)[0] == 1
+    assert images.original(2)[0] == 3
+    assert images.square(2).pixels[0, 0, 0] == 2
+
+
+def test_looking_for_a_replacement_takes_no_memory(tmp_path: Path) -> None:
+    classes = np.arange(1_000_000) % 2
+    classes[5] = 7  # alone in its class
+    images = in_memory([], [5], classes, tmp_path / "x.txt")
+    tracemalloc.start()
+    assert images.original(5)[0] == 6
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+def test_reasons_of_any_characters_are_written(tmp_path: Path) -> None:
+    Unreadable(tmp_path / "x.txt", 5, "x", "y").add("a.jpg", OSError("member \udce9 ends"))
+    assert (tmp_path / "x.txt").read_text() == "a.jpg\tOSError: member \\udce9 ends\n"
+
+
+def test_the_machine_is_told_from_the_file_whoever_says_so(tmp_path: Path) -> None:
+    named = ValueError("its depth x.png: too many open files")
+    named.__cause__ = OSError(errno.EMFILE, "too many open files")
+    assert [_passes(error) for error in (named, OSError(errno.ESTALE, "x"), MemoryError())] == [True] * 3
+    of_files = [OSError("truncated"), UnidentifiedImageError("x"), ValueError("x"), FileNotFoundError(2, "x")]
+    assert not any(map(_passes, [*of_files, OSError(errno.EISDIR, "x"), OSError(errno.ENAMETOOLONG, "x")]))
 
 
 def test_those_that_decoding_ahead_has_met_count_too(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainers.config import KnnConfig
-from trainers.probes import knn
+from trainers.probes import classification, knn
 from trainers.probes.classification import Features, accuracies
 
 CLASSES = 6
@@ -137,6 +138,20 @@ def test_k_beyond_the_training_set_is_absent() -> None:
     train, evaluated = _features(0, 20), _features(1, 9)
     assert list(_probe(train, evaluated, KnnConfig())) == ["knn/k10/top1", "knn/top1"]
     assert _probe(train, evaluated, KnnConfig(k=(21,))) == {}
+
+
+def test_k_beyond_the_training_set_are_said_once_in_a_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    train: Any = MagicMock()
+    train.__len__.return_value = 20
+    train.data.class_names = tuple("abcdef")
+    monkeypatch.setattr(classification, "features", lambda seen: _features(0, 20))
+    for k in ((10, 20), (10, 21, 100)):
+        context: Any = None
+        knn.Knn(KnnConfig(k=k), context).fit(train, train)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == ["k-NN has 20 training images and leaves out k = 21, 100"]
 
 
 def test_without_class_token_the_mean_patch_is_the_feature() -> None:

@@ -122,11 +122,13 @@ def _notes(
     found = dict(images)
     if "validation" not in published:  # taken from training
         found["train"] = found.get("train", 0) + found.pop("validation", 0)
-    found["classes"] = len(classes)
+    found |= {"classes": len(classes), "images": sum(images.values())}
     for name, count in published.items():
-        if found.get(name, 0) != count:
-            what = "classes" if name == "classes" else f"images for {name}"
-            yield f"{found.get(name, 0):,} {what}, published are {count:,}"
+        allowed = {count, entry.other_counts.get(name, count)} if entry is not None else {count}
+        if found.get(name, 0) not in allowed:
+            what = {"classes": "classes", "images": "images in all"}.get(name, f"images for {name}")
+            counts = " or ".join(f"{number:,}" for number in sorted(allowed, reverse=True))
+            yield f"{found.get(name, 0):,} {what}, published are {counts}"
 
 
 def _published(odd: Sequence[Fault]) -> Iterator[str]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ BASES = ("", "coco/", "COCO/")
 IMAGES = ("train2014", "images/train2014")
 
 _FILE = re.compile(r"COCO_train2014_(\d{12})\.jpg")
+_LARGEST = float(np.finfo(np.float32).max)  # px that the index of boxes can hold
 
 
 def build(config: DataConfig, execution: ExecutionConfig, side: int, cache: Path) -> Source:
@@ -155,16 +156,29 @@ def _loaded(path: Path, chosen: frozenset[int]) -> Mapping[str, Any]:
 
 
 def _box(item: Mapping[str, Any], order: Mapping[int, int], path: Path) -> tuple[float, ...]:
-    """x0, y0, x1, y1, NaN where they are not finite, and class; corners are rounded as Python does, halves to even."""
+    """x0, y0, x1, y1, NaN where they are not finite, and class, NaN where it is not listed.
+
+    Corners are rounded as Python does, halves to even. What is NaN is dropped and remarked on when its image is decoded
+    (trainers.data.labels.boxes_within): the image's other boxes stay.
+    """
     box, category = item.get("bbox"), item.get("category_id")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
         raise ValueError(f"{path}: annotation {item.get('id')} has {str(box)[:100]} as bbox; needed: four numbers")
-    if not isinstance(category, int) or category not in order:
-        raise ValueError(f"{path}: annotation {item.get('id')} has category {category!a}, which is not listed")
-    x, y, width, height = box
-    if not all(math.isfinite(value) for value in box):
-        return (math.nan,) * 4 + (order[category],)  # dropped, and remarked on, with the image's other boxes kept
-    return (*(float(round(value)) for value in (x, y, x + width, y + height)), order[category])
+    if not isinstance(category, int):
+        raise ValueError(f"{path}: annotation {item.get('id')} has {category!a} as category_id; needed: a number")
+    return (*_corners(box), order.get(category, math.nan))
+
+
+def _corners(box: Sequence[float]) -> tuple[float, ...]:
+    """Corners of x, y, width and height; all are NaN where one is beyond what the index holds."""
+    try:
+        x, y, width, height = map(float, box)
+    except OverflowError:  # an integer of hundreds of digits
+        return (math.nan,) * 4
+    corners = (x, y, x + width, y + height)
+    if not all(abs(value) <= _LARGEST for value in corners):
+        return (math.nan,) * 4
+    return tuple(float(round(value)) for value in corners)
 
 
 def _size(image: Mapping[str, Any]) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import SPLITS
 from trainers.data.cache import Source
+from trainers.data.encoded import leads_out
 from trainers.data.listing import Description, Listing, root_of, source, stamps
 
 NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -139,10 +139,12 @@ def _within(root: Path, path: str) -> Path:
     Raises:
         OSError: it lies elsewhere than in the data set's folder.
     """
-    file = Path(os.path.abspath(root / path))
-    if not any(file.is_relative_to(folder) for folder in (Path(os.path.abspath(root)), root.resolve())):
+    inner = path
+    for folder in (str(root), str(root.resolve())):
+        inner = inner.removeprefix(f"{folder.rstrip('/')}/")
+    if leads_out(inner):
         raise OSError("leads out of the folder of the data set")
-    return file
+    return root / inner
 
 
 class _Open:

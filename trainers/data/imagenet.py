@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -88,6 +89,9 @@ def imagenet22k(config: DataConfig, execution: ExecutionConfig, side: int, cache
     There are no published splits: test and validation are fixed fractions of all images. Classes are the synsets that
     are there, in their order.
 
+    Memory: about 130 bytes an image for the references, 1.9 GB for 14.2 million, in every process that opens the data
+    set. The one archive fall11_whole.tar takes more while it is listed: all of its members are held at once.
+
     Raises:
         ValueError: there is no synset, an unknown one, one twice, or a damaged archive.
     """
@@ -95,13 +99,25 @@ def imagenet22k(config: DataConfig, execution: ExecutionConfig, side: int, cache
 
     root = root_of(config, execution)
     known = {*_synsets("imagenet22k"), *_synsets("imagenet21k")}  # two more in the latter than in fall11
-    images = sorted(_checked(_all_22k(config, root, cache), known, root))
-    synsets = sorted({synset for synset, _, _ in images})
-    train = _Found({synset: number for number, synset in enumerate(synsets)}).add(images)
+    by_synset = _by_synset(_checked(_all_22k(config, root, cache), known, root))
+    synsets = list(by_synset)
+    paths = tuple(chain.from_iterable(part.paths for part in by_synset.values()))
+    counts = [len(part.paths) for part in by_synset.values()]
+    classes = np.repeat(np.arange(len(synsets), dtype=np.int64), counts)
+    faults = tuple(chain.from_iterable(part.faults for part in by_synset.values()))
     describe: Callable[[str], str] = ImageNetInfo("imagenet21k").label_name_to_description
     names = tuple(describe(synset) for synset in synsets)
-    described = Description(names, key={"synsets": synsets}, faults=tuple(train.faults))
-    return source(config, execution, root, {"train": train.listing()}, described, stamps(root, train.paths), side)
+    described = Description(names, key={"synsets": synsets}, faults=faults)
+    listing = Listing(paths, {"classes": classes})
+    return source(config, execution, root, {"train": listing}, described, stamps(root, paths), side)
+
+
+def _by_synset(images: Images) -> dict[str, _Found]:
+    """Images by synset, both in their order; those of one synset follow one another, and only they are sorted."""
+    found: dict[str, _Found] = {}
+    for synset, together in groupby(images, key=lambda image: image[0]):
+        found.setdefault(synset, _Found({synset: 0})).add(sorted(together))
+    return dict(sorted(found.items()))
 
 
 def _synsets(subset: str) -> list[str]:

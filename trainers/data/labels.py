@@ -74,18 +74,21 @@ def boxes_within(
 ) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
     """Boxes float32 [K, 5] clipped to an image, without those of which nothing is left, and what was changed.
 
-    Dropped are boxes that are not finite, without an area (x1 ≤ x0 or y1 ≤ y0: corners are not swapped, since nobody
-    knows which of them is wrong), or outside of the image. An image may be left without boxes.
+    Dropped are boxes that are not finite, of a class that is not listed (NaN), without an area (x1 ≤ x0 or y1 ≤ y0:
+    corners are not swapped, since nobody knows which of them is wrong), or outside of the image. An image may be left
+    without boxes.
     """
     clipped = boxes.copy()
     clipped[:, :4] = boxes[:, :4].clip(0, np.array([width, height] * 2, np.float32))
     finite = np.isfinite(boxes).all(axis=1)
+    unlisted = np.isfinite(boxes[:, :4]).all(axis=1) & np.isnan(boxes[:, 4])
     given, left = (
         finite & (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1]) for corners in (boxes, clipped)
     )
     changed = left & given & (clipped != boxes).any(axis=1)
     counted = (
-        ("not finite", ~finite),
+        ("not finite", ~finite & ~unlisted),
+        ("of a class that is not listed", unlisted),
         ("without an area", finite & ~given),
         ("outside of the image", given & ~left),
         ("clipped to the image", changed),

@@ -104,7 +104,8 @@ def _from_lists(root: Path, lists: Mapping[str, str]) -> tuple[dict[str, _Part],
         images = tuple(prefix + image for image, _ in pairs)
         depths = tuple(prefix + depth for _, depth in pairs)
         files += [*images, *depths]
-        found[split] = _Part(Listing(images, maps={"depth": depths}), [_recording(str(Path(image).parent)) for image, _ in pairs])
+        recordings = [_recording(str(Path(image).parent)) for image, _ in pairs]
+        found[split] = _Part(Listing(images, maps={"depth": depths}), recordings)
     common = set(found["train"].listing.paths) & set(found["test"].listing.paths)
     if common:
         raise ValueError(f"{root}: {min(common)} is in the lists of train and of test")
