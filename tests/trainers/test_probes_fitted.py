@@ -18,7 +18,9 @@ from trainers.data import DataSet, Split
 from trainers.findings import Arrays, Picture, Score
 from trainers.probes import Context, HeadDiverged, features, fitted, seen
 from trainers.probes.fitted import Probes
+from trainers.probes.object_discovery import ObjectDiscovery
 from trainers.probes.seen import SeenSplit
+from trainers.probes.zero_shot import ZeroShot
 from trainers.streams import Streams
 from trainers.vit import ViT
 
@@ -190,6 +192,37 @@ class Diverging(Counting):
 
     def fit(self, train: SeenSplit, validation: SeenSplit) -> Counting:
         raise HeadDiverged("its loss is not finite")
+
+
+class DivergingOnce(Diverging):
+    """Of several data sets the first serves all."""
+
+    transfers = True
+
+
+def test_what_has_diverged_does_not_transfer(backbone: ViT) -> None:
+    probes = _probes(probes=[f"{__name__}:DivergingOnce"])
+    (part,) = probes.parts
+    other = replace(
+        part, data="image_folder/birds", first=False, probe=Counting(None, Context(Streams(0), None, "deit3"))
+    )
+    other.probe.transfers = True  # it could learn
+    probes.parts = [part, other]
+    assert probes.fit(backbone).fitted == []
+
+
+class Looking(Counting):
+    """A probe that learns nothing from training images."""
+
+    learns = False
+    reads = frozenset({"cls"})
+
+
+def test_training_images_cost_nothing_for_a_probe_that_does_not_learn(backbone: ViT) -> None:
+    probes = _probes(probes=[f"{__name__}:Looking", f"{__name__}:Counting"])
+    assert probes.see(backbone, fitted.OWN, "train").reads == {"mean_patch"}
+    assert probes.see(backbone, fitted.OWN, "validation").reads == {"cls", "mean_patch"}
+    assert not ObjectDiscovery.learns and not ZeroShot.learns
 
 
 def test_a_head_that_diverges_leaves_out_its_metrics_and_nothing_else(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional
 
 from trainers.config import LinearConfig
-from trainers.probes import heads, linear, linear_inputs
+from trainers.probes import HeadDiverged, heads, linear, linear_inputs
 from trainers.probes.classification import Features, accuracies
 from trainers.streams import Streams
 
@@ -284,6 +286,18 @@ def test_the_best_head_is_right_most_often_then_of_lower_loss_then_first() -> No
     )
     assert linear._best([nan, inf, worst]) is worst
     assert linear._best([worst, poor, good, same]) is good
+
+
+def test_a_family_without_finite_head_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    train = _blobs(0, 200)
+    patches = train.mean_patch * 1e30  # finite, but heads on them are not
+    probe = linear.fit(replace(train, mean_patch=patches), LinearConfig(steps=20), Streams(0), CLASSES)
+    assert set(probe.predict(train)) == {"linear/top1"}
+    assert "no linear_mean_patch/top1: the logits of all its heads are infinite or NaN" in caplog.text
+    columns = probe.report().arrays
+    assert columns["family"][columns["chosen"]].tolist() == ["linear"]
+    with pytest.raises(HeadDiverged, match="lower learning_rates may help"):
+        linear.fit(replace(train, cls=patches, mean_patch=patches), LinearConfig(steps=20), Streams(0), CLASSES)
 
 
 def test_without_class_token_and_with_few_images() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import colorsys
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.trainers.planted import Planted, levels
 from trainers.config import SegmentationConfig, resolve
 from trainers.data import IGNORED, Whole
 from trainers.findings import Score
-from trainers.probes import segmentation
+from trainers.probes import dense, segmentation
 from trainers.probes import segmentation_views as views
 from trainers.probes.seen import SeenSplit
 from trainers.probes.segmentation import Head, Segmentation, confusion, mean_iou
@@ -213,8 +214,13 @@ class TestWholeImages:
 
     def test_equal_bits_whatever_threads_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
         first = found(self.seen(0), whole=True, side=32, steps=4)
-        monkeypatch.setattr(segmentation, "cpu_count", lambda: 7)
-        assert found(self.seen(0), whole=True, side=32, steps=4)["accuracy"].value == first["accuracy"].value
+        workers: list[int] = []
+        ahead = dense.ahead
+        monkeypatch.setattr(dense, "ahead", lambda *given: (workers.append(given[2]), ahead(*given))[1])
+        for cores in (1, 7):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+            assert found(self.seen(0), whole=True, side=32, steps=4)["accuracy"].value == first["accuracy"].value
+        assert workers == [1, 7]
 
     def test_each_crop_has_an_image_and_draws_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def drawn(seed: int) -> tuple[set[float], set[int]]:

@@ -48,6 +48,21 @@ def test_a_class_is_the_mean_of_its_texts_at_unit_length() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.6, 0.8]]))  # long texts count no more
 
 
+def test_texts_of_few_classes_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    names, templates = [f"c{index}" for index in range(7)], ("a {}.", "{}", "the {}")
+    texts = {form.replace("{}", name): rng.normal(size=4).tolist() for name in names for form in templates}
+    joint = Joint(texts).eval()
+    whole = class_features(joint, names, templates)
+    asked: list[int] = []
+    features = joint.text_features
+    monkeypatch.setattr(joint, "text_features", lambda some: (asked.append(len(some)), features(some))[1])
+    for most, expected in ((8, [6, 6, 6, 3]), (2, [3] * 7)):
+        asked.clear()
+        monkeypatch.setattr(zero_shot, "_TEXTS", most)
+        assert torch.equal(class_features(joint, names, templates), whole) and asked == expected
+
+
 def test_ranks_by_hand_and_of_equal_classes_the_lower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero_shot, "_CHUNK", 2)
     classifier = Classifier(Joint({}), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]]))

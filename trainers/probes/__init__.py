@@ -58,6 +58,8 @@ class Probe(Protocol):
         reads: which of trainers.probes.features.READS it takes from `SeenSplit.features`; none where it makes passes
             of its own.
         transfers: whether what is fitted on the first of several data sets serves all of them.
+
+    A probe whose attribute `learns` is False looks at no features of training images; they are not computed for it.
     """
 
     reads: frozenset[str]

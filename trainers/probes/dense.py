@@ -6,6 +6,7 @@ Shapes: B images, N = h × w patches, D width, H × W px of an image.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from trainers.data import Whole
 from trainers.probes import HeadDiverged
 from trainers.probes.features import evaluating, taps
 from trainers.probes.seen import SeenSplit
@@ -130,6 +132,38 @@ def read(seen: SeenSplit, images: Tensor, reads: Collection[str]) -> tuple[Mappi
     with torch.no_grad(), evaluating(seen.backbone):
         found = taps(seen.backbone, padded, reads)
     return found, (padded.shape[2] // patch_size, padded.shape[3] // patch_size)
+
+
+def crops(
+    seen: SeenSplit,
+    order: Iterable[NDArray[np.int64]],
+    batch_size: int,
+    seed: int,
+    crop: Callable[[Whole, np.random.Generator], tuple[Tensor, Tensor]],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random views of whole images and their targets, stacked, on the device; one batch for each of `order`.
+
+    Made by as many threads as this process may have cores.
+
+    Args:
+        seen: the images.
+        order: positions of each batch's images.
+        batch_size: the most of them.
+        seed: with the number of a view it is the seed of its draws, so that threads do not matter.
+        crop: gives a view and its target from an image and a generator.
+    """
+
+    def make(job: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        number, position = job
+        return crop(seen.part.whole(int(seen.indices[position])), np.random.default_rng([seed, number]))
+
+    jobs = (
+        [(step * batch_size + i, int(position)) for i, position in enumerate(positions)]
+        for step, positions in enumerate(order)
+    )
+    for made in ahead(jobs, make, len(os.sched_getaffinity(0))):
+        images, targets = (torch.stack(parts).to(seen.device) for parts in zip(*made, strict=True))
+        yield images, targets
 
 
 def ahead(batches: Iterable[Sequence[Job]], make: Callable[[Job], Made], workers: int) -> Iterator[list[Made]]:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from os import cpu_count
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 from trainers.augment import standardise
 from trainers.config import DepthConfig
-from trainers.data import DataSet
+from trainers.data import DataSet, Whole
 from trainers.findings import Score
 from trainers.probes import Context, dense, depth_losses, depth_metrics
 from trainers.probes import depth_views as views
@@ -258,17 +257,9 @@ def _squares(seen: SeenSplit, settings: DepthConfig, order: Iterator[NDArray[np.
 def _crops(seen: SeenSplit, settings: DepthConfig, seed: int, order: Iterator[NDArray[np.int64]]) -> Iterator[_Batch]:
     size = (settings.height or seen.image_size, settings.width or seen.image_size)
 
-    def make(job: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        number, position = job
-        random = np.random.default_rng([seed, number])  # of its own, whatever thread makes it
-        whole = seen.part.whole(int(seen.indices[position]))
+    def crop(whole: Whole, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         return views.training_crop(whole, size, settings.crop == "nyu", random, seen.model.normalization)
 
-    jobs = (
-        [(step * settings.batch_size + i, int(position)) for i, position in enumerate(positions)]
-        for step, positions in enumerate(order)
-    )
-    for made in dense.ahead(jobs, make, cpu_count() or 1):
-        images, depths = (torch.stack(parts).to(seen.device) for parts in zip(*made, strict=True))
+    for images, depths in dense.crops(seen, order, settings.batch_size, seed, crop):
         tokens_BNF, grid = _read(seen, settings, images)
         yield _Batch(tokens_BNF, grid, depths)

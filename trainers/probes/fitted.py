@@ -99,8 +99,8 @@ class Probes:
             if part.at_end and not at_end:
                 continue
             first = [known for other, known in fitted if other.name == part.name]
-            if part.probe.transfers and first:
-                fitted.append((part, first[0]))
+            if part.probe.transfers and not part.first:
+                fitted += [(part, known) for known in first[:1]]  # none where the first has diverged
                 continue
             try:
                 fitted.append(
@@ -114,7 +114,10 @@ class Probes:
         """A split of one of the data sets; of training images those that probes learn from."""
         opened = self._data[data]
         count = len(getattr(opened, split))
-        reads = frozenset[str]().union(*(part.probe.reads for part in self.parts if part.data == data))
+        probes = [part.probe for part in self.parts if part.data == data]
+        if split == "train":
+            probes = [probe for probe in probes if getattr(probe, "learns", True)]
+        reads = frozenset[str]().union(*(probe.reads for probe in probes))
         if (data, split) == (OWN, "test") and reads:
             reads |= _OUTLIER_READS
         return SeenSplit(

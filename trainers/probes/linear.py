@@ -12,6 +12,7 @@ Shapes: n images, B batch, W columns of the wide input, F columns of a head, K l
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ HELD_OUT = 0.1
 LEAST_HELD_OUT = 50  # fewer tell learning rates apart by chance; but never more than half of the images
 
 _CHUNK = 4_096  # images whose logits are held at a time
+
+log = logging.getLogger(__name__)
 
 Read = Callable[[Tensor], Features]  # positions int64 [B] → what is seen of these images
 
@@ -96,7 +99,7 @@ def _features(rows: Mapping[str, Tensor], classes: Tensor) -> Features:
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """All heads, and by family the best of them."""
+    """All heads, and by family the best of them; a family without finite head has none."""
 
     trained: Sequence[Head]
     heads: Mapping[str, Head]
@@ -151,6 +154,7 @@ def fit(
 
     Raises:
         ValueError: there are fewer than two images.
+        HeadDiverged: no head has finite logits.
     """
     return train_and_choose(train.classes, rows_of(train), train.at, settings, streams, num_classes, look, chosen_on)
 
@@ -183,6 +187,7 @@ def train_and_choose(
 
     Raises:
         ValueError: there are fewer than two images.
+        HeadDiverged: no head has finite logits.
     """
     count = len(classes_n)
     if count < 2:
@@ -202,8 +207,7 @@ def train_and_choose(
     learned = heads.train(pairs, settings.steps, groups, rates)
     judged = read_plain(held_out) if chosen_on is None else chosen_on
     trained = list(_judged(inputs, learned, settings.learning_rates, judged))
-    best = {part.family: _best([head for head in trained if head.input.family == part.family]) for part in inputs}
-    return LinearProbe(trained, best, len(judged), look)
+    return LinearProbe(trained, _best_of_families(trained), len(judged), look)
 
 
 def _batches(num_images: int, settings: LinearConfig, generator: Generator) -> Tensor:
@@ -238,6 +242,24 @@ def _judged(
     for way, (part, head, index) in enumerate(ways):
         weight, bias = head.weight_FKC[:, index].contiguous(), head.bias_KC[index].clone()
         yield Head(part, weight, bias, learning_rates[index], right[way], loss[way])
+
+
+def _best_of_families(trained: Sequence[Head]) -> dict[str, Head]:
+    """The best head of each family; a family that has diverged is left out, which is said.
+
+    Raises:
+        HeadDiverged: all have.
+    """
+    best = {}
+    for family in dict.fromkeys(head.input.family for head in trained):
+        try:
+            best[family] = _best([head for head in trained if head.input.family == family])
+        except HeadDiverged as error:
+            diverged = error
+            log.warning("probe linear has no %s/top1: %s", family, error)
+    if not best:
+        raise diverged
+    return best
 
 
 def _best(trained: Sequence[Head]) -> Head:

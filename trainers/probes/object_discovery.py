@@ -41,12 +41,14 @@ class ObjectDiscovery:
     `features: auto` takes the values for deit3 and openclip, and the keys for all others, released weights included:
     what `method: pretrained` was trained by is not known here.
 
-    The bias is the one of highest CorLoc on the first data set's validation images, of several the smallest. With
-    `protocol_splits` it is chosen and reported on the images that the literature reports, such as VOC 2007's trainval,
-    as nothing else can have been done for the paper; then the value on the first data set is the best of a curve.
+    The bias is the one of highest CorLoc on the first data set's validation images, of several the one nearest to 0.
+    With `protocol_splits` it is chosen and reported on the images that the literature reports, such as VOC 2007's
+    trainval, as nothing else can have been done for the paper; then the value on the first data set is the best of a
+    curve.
     """
 
     transfers = True
+    learns = False
 
     def __init__(self, settings: ObjectDiscoveryConfig, context: Context) -> None:
         self._settings = settings

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from os import cpu_count
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from trainers.augment import standardise
 from trainers.config import SegmentationConfig
-from trainers.data import IGNORED
+from trainers.data import IGNORED, Whole
 from trainers.findings import Score
 from trainers.probes import Context, dense
 from trainers.probes import segmentation_views as views
@@ -217,18 +216,10 @@ def _crops(
 ) -> Iterator[_Batch]:
     side = _side(seen, settings)
 
-    def make(job: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        number, position = job
-        random = np.random.default_rng([seed, number])  # of its own, whatever thread makes it
-        whole = seen.part.whole(int(seen.indices[position]))
+    def crop(whole: Whole, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         return views.training_crop(whole, side, random, seen.model.normalization)
 
-    jobs = (
-        [(step * settings.batch_size + i, int(position)) for i, position in enumerate(positions)]
-        for step, positions in enumerate(order)
-    )
-    for made in dense.ahead(jobs, make, cpu_count() or 1):
-        images, truths = (torch.stack(parts).to(seen.device) for parts in zip(*made, strict=True))
+    for images, truths in dense.crops(seen, order, settings.batch_size, seed, crop):
         patches_BND, grid = _read(seen, images)
         yield _Batch(patches_BND, grid, truths)
 

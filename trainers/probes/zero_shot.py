@@ -24,6 +24,7 @@ from trainers.probes.seen import SeenSplit
 TOPS = (1, 5)  # a class among so many counts; left out where there are no more classes than that
 
 _CHUNK = 4_096  # images whose similarities are held at a time
+_TEXTS = 4_096  # whose features are held at a time; never fewer than those of a class
 
 
 class JointSpace(Protocol):
@@ -46,6 +47,7 @@ class ZeroShot:
     """
 
     reads = frozenset({"cls"})
+    learns = False
     transfers = False  # every data set has classes of its own
 
     def __init__(self, settings: ZeroShotConfig, context: Context) -> None:
@@ -98,6 +100,10 @@ class Classifier:
 @torch.no_grad()
 def class_features(method: JointSpace, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
     """Of each class the mean over its texts, float32 [C, E] of length 1."""
-    texts = [template.replace("{}", name) for name in class_names for template in templates]
-    features_CTE = method.text_features(texts).view(len(class_names), len(templates), -1)
-    return functional.normalize(features_CTE.mean(dim=1), dim=-1)
+    together = max(1, _TEXTS // len(templates))
+    means = []
+    for start in range(0, len(class_names), together):
+        names = class_names[start : start + together]
+        texts = [template.replace("{}", name) for name in names for template in templates]
+        means.append(method.text_features(texts).view(len(names), len(templates), -1).mean(dim=1))
+    return functional.normalize(torch.cat(means), dim=-1)
