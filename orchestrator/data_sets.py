@@ -49,10 +49,9 @@ class DataCheck:
         """The fingerprint of a data set, which is decoded where that was not done yet."""
         from trainers.data import open_data
 
-        assert isinstance(config.model.image_size, int), "the configuration is not resolved"
-        name = key(data, config.model.image_size)
+        name = key(data, config.model.side)
         if name not in self.found:
-            opened = open_data(data, config.execution, config.model.image_size, self.cache, self.progress)
+            opened = open_data(data, config.execution, config.model.side, self.cache, self.progress)
             before = self.known.get(name)
             if before not in (None, opened.fingerprint) and not self.accept_change:
                 named = DATASETS[data.train].needs_name if data.train in DATASETS else False

@@ -167,7 +167,7 @@ def _probed_flops(config: TrialConfig) -> float:
     if linear is not None and linear.crops:
         flops += linear.steps * linear.batch_size * _forward(config)
     if segmentation is not None and segmentation.whole:
-        side = segmentation.side or _image_size(config)
+        side = segmentation.side or config.model.side
         flops += segmentation.steps * segmentation.batch_size * _forward_of(config, side, side)
     if depth is not None and depth.whole:
         flops += depth.steps * depth.batch_size * _forward_of(config, *_DEPTH_CROP)
@@ -293,13 +293,8 @@ def _hours(flops: Sequence[float], speed: float) -> float:
     return (sum(flops) / speed + len(flops) * ASSUMED_TRIAL_SECONDS) / 3600
 
 
-def _image_size(config: TrialConfig) -> int:
-    assert isinstance(config.model.image_size, int), "the configuration is not resolved"
-    return config.model.image_size
-
-
 def _patches(config: TrialConfig) -> int:
-    return (_image_size(config) // config.model.patch_size) ** 2
+    return math.prod(config.model.grid)
 
 
 def _crops(config: TrialConfig) -> list[tuple[int, int]]:

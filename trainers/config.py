@@ -155,6 +155,17 @@ class ModelConfig(Section):
         None, description="a backbone of your own, as package.module:build"
     )
 
+    @property
+    def side(self) -> int:
+        """Side in px of the images, of a resolved configuration."""
+        assert isinstance(self.image_size, int), "the configuration is not resolved"
+        return self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches, of a resolved configuration."""
+        return (self.side // self.patch_size,) * 2
+
 
 class ScenesConfig(Section):
     """Difficulty and size of the built-in data set `scenes`: handwritten digits over photographs."""

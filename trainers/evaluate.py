@@ -76,7 +76,6 @@ class Evaluation:
         scratch: Path | None = None,
     ) -> None:
         self._config, self._data, self._streams, self._device = config, data, streams, device
-        assert isinstance(config.model.image_size, int), "the configuration is not resolved"
         self._trial_id = trial_id(config)
         self._per_image: dict[tuple[str, str], NDArray[np.floating]] = {}  # by split and metric
         self._files: list[Arrays | Picture] = []  # of probes

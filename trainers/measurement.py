@@ -92,14 +92,12 @@ class Subject:
     @property
     def image_size(self) -> int:
         """Side of the images in px."""
-        assert isinstance(self.model.image_size, int), "the configuration is not resolved"
-        return self.model.image_size
+        return self.model.side
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the patches at `image_size`."""
-        side = self.image_size // self.model.patch_size
-        return side, side
+        return self.model.grid
 
     def generator(self, purpose: str) -> torch.Generator:
         """A fresh generator on the CPU; equal for trials of equal seed."""

@@ -68,8 +68,12 @@ _OBJECT_DISCOVERY_PAPER: Settings = {
     "protocol_splits": True,
 }
 
+_AT_END: Settings = {"at": "end"}  # of probes that are in both ways what the official code does
+
 PRESETS: dict[str, dict[str, Settings]] = {
     "linear": {"fast": {}, "grid": _LINEAR_GRID, "paper": _LINEAR_PAPER},
+    "knn": {"fast": {}, "paper": _AT_END},
+    "zero_shot": {"fast": {}, "paper": _AT_END},
     "segmentation": {"fast": {}, "paper": _SEGMENTATION_PAPER},
     "depth": {"fast": {}, "paper": _DEPTH_PAPER},
     "object_discovery": {"fast": {}, "paper": _OBJECT_DISCOVERY_PAPER},

@@ -31,24 +31,27 @@ def _template(text: str) -> str:
 
 
 DataSets = Annotated[tuple[Annotated[str, AfterValidator(_data_set)], ...], LISTED, ONCE]
-At = Literal["every", "end"]
-
-DATA: DataSets = Field(
-    (),
-    description="data sets that it runs on, each under execution.data_root; none stands for data.train. The first has "
-    "the short names of metrics, such as test/knn/top1, the others test/knn/NAME/top1",
-)
-AT: At = Field("every", description="every: at each evaluation; end: only at the end of a trial")
 
 
-class LinearConfig(Section):
+class ProbeConfig(Section):
+    """What every probe has."""
+
+    data: DataSets = Field(
+        (),
+        description="data sets that it runs on, each under execution.data_root; none stands for data.train. The first "
+        "has the short names of metrics, such as test/knn/top1, the others test/knn/NAME/top1",
+    )
+    at: Literal["every", "end"] = Field(
+        "every", description="every: at each evaluation; end: only at the end of a trial"
+    )
+
+
+class LinearConfig(ProbeConfig):
     """Linear classification on frozen features, the official DINOv2 grid of learning rates, all heads at once."""
 
     preset: Literal["fast", "grid", "paper"] = Field(
         "fast", description="grid: DINOv2's 52 heads on features extracted once; paper: its protocol; not identity"
     )
-    data: DataSets = DATA
-    at: At = AT
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=100)], ...], LISTED, ONCE] = Field(
         (1e-3, 3e-3, 1e-2, 3e-2, 0.1), min_length=1, description="per 256 images; 13 from 1e-5 to 0.1 in DINOv2"
     )
@@ -63,33 +66,29 @@ class LinearConfig(Section):
     )
 
 
-class KnnConfig(Section):
+class KnnConfig(ProbeConfig):
     """Weighted k-nearest-neighbour classification (official DINOv2 protocol)."""
 
-    data: DataSets = DATA
-    at: At = AT
+    preset: Literal["fast", "paper"] = Field("fast", description="paper: at the end alone; else equal; not identity")
     k: Annotated[tuple[Annotated[int, Field(ge=1, le=1_000_000)], ...], LISTED, ONCE] = Field(
         (10, 20, 100, 200), min_length=1
     )
     temperature: float = Field(0.07, gt=0, le=10)
 
 
-class ZeroShotConfig(Section):
+class ZeroShotConfig(ProbeConfig):
     """Classification by the similarity of an image to texts that name the classes; of openclip alone."""
 
-    data: DataSets = DATA
-    at: At = AT
+    preset: Literal["fast", "paper"] = Field("fast", description="paper: at the end alone; else equal; not identity")
     templates: Annotated[
         tuple[Annotated[str, Field(max_length=1_000), AfterValidator(_template)], ...], LISTED, ONCE
     ] = Field((), description="texts with {} for the class; none stands for those of the data set")
 
 
-class SegmentationConfig(Section):
+class SegmentationConfig(ProbeConfig):
     """Linear segmentation of the last layer's patches after the final norm: batch norm and one linear layer."""
 
     preset: Literal["fast", "paper"] = Field("fast", description="paper: DINOv2's protocol for ADE20k; not identity")
-    data: DataSets = DATA
-    at: At = AT
     steps: int = Field(1_000, ge=1, le=10_000_000, description="40,000 in DINOv2")
     batch_size: int = Field(16, ge=1, le=65_536, description="images of a step, 16 in DINOv2")
     learning_rate: float = Field(1e-2, gt=0, le=10, description="of AdamW, falling linearly to 0; 1e-3 in DINOv2")
@@ -110,12 +109,10 @@ class SegmentationConfig(Section):
     )
 
 
-class DepthConfig(Section):
+class DepthConfig(ProbeConfig):
     """Linear depth: classification into uniform bins, on tokens of the last layers before the final norm."""
 
     preset: Literal["fast", "paper"] = Field("fast", description="paper: DINOv2's protocol for NYU depth; not identity")
-    data: DataSets = DATA
-    at: At = AT
     steps: int = Field(500, ge=1, le=10_000_000, description="38,400 in DINOv2")
     batch_size: int = Field(16, ge=1, le=65_536, description="images of a step, 16 in DINOv2")
     learning_rate: float = Field(1e-3, gt=0, le=10, description="of AdamW; 1e-4 in DINOv2")
@@ -146,12 +143,10 @@ class DepthConfig(Section):
     flip: bool = Field(False, description="whole images are tested together with their mirror images, as in DINOv2")
 
 
-class ObjectDiscoveryConfig(Section):
+class ObjectDiscoveryConfig(ProbeConfig):
     """LOST: the main object from similarities of patches in the last block, without any training."""
 
     preset: Literal["fast", "paper"] = Field("fast", description="paper: whole images, LOST's splits; not identity")
-    data: DataSets = DATA
-    at: At = AT
     features: Literal["auto", "keys", "queries", "values"] = Field(
         "auto", description="of the last block; auto is the paper's: values for deit3 and openclip, else keys"
     )

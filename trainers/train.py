@@ -110,8 +110,7 @@ class _Training:
 
     def __init__(self, config: TrialConfig, directory: Path, cache: Path, device: torch.device) -> None:
         self.config, self.directory, self.device = config, directory, device
-        assert isinstance(config.model.image_size, int), "the configuration is not resolved"
-        self.data = open_data(config.data, config.execution, config.model.image_size, cache)
+        self.data = open_data(config.data, config.execution, config.model.side, cache)
         self.streams = Streams(config.seed)
         with _seeded(self.streams, "backbone"):
             self.backbone, self.started_from = self._backbone()

@@ -127,10 +127,9 @@ class ViT(VisionTransformer):
         self, model: ModelConfig, streams: Streams, shape: catalog.ModelSize | None = None, mlp_ratio: float = 4.0
     ) -> None:
         shape = shape or catalog.MODEL_SIZES[model.size]
-        assert isinstance(model.image_size, int), "the configuration is not resolved"
         with torch.random.fork_rng(devices=[]):  # timm draws from the global generator; nothing of it is kept
             super().__init__(
-                img_size=model.image_size,
+                img_size=model.side,
                 patch_size=model.patch_size,
                 num_classes=0,
                 embed_dim=shape.width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from tests.trainers import layouts_dense
 from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import IGNORED, SPLITS, DataSet, open_data
+from trainers.data import listing as listing_module
 from trainers.data.cache import open_source
 from trainers.data.labels import read_class_numbers
 from trainers.data.listing import Description, Listing, divided, read_whole, source, stamps
@@ -262,3 +264,26 @@ def test_members_with_long_names_are_stamped_as_their_archive(tmp_path: Path) ->
     before = stamps(tmp_path, [reference])
     (tmp_path / "a.tar").write_bytes(b"three")
     assert stamps(tmp_path, [reference]) != before
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "too many open files")])
+def test_a_shortage_of_the_machine_leaves_no_image_out_of_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """It ends the decoding; the next time all images are there."""
+    for index in range(12):
+        (tmp_path / "root" / "train" / "a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9), (index, 0, 0)).save(tmp_path / "root" / "train" / "a" / f"{index}.png")
+    config = DataConfig(
+        train="image_folder", name="mine", decode_size=SIDE, scenes=None, max_unreadable=1.0, validation_fraction=0.2
+    )
+    execution = ExecutionConfig(data_root=str(tmp_path / "root"), threads=1)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(listing_module, "decode", fail)
+        open_data(config, execution, SIDE, tmp_path / "cache")
+    data = open_data(config, execution, SIDE, tmp_path / "cache")
+    assert (sum(len(getattr(data, split)) for split in SPLITS), data.unreadable) == (12, ())

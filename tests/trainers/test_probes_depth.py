@@ -419,15 +419,15 @@ def test_a_group_of_images_has_a_loss_of_its_own() -> None:
     distances = torch.rand(4, 16, 16, generator=random) + torch.tensor([0.6, 0.6, 3.0, 3.0])[:, None, None]
     whole = depth._Batch(tokens, (4, 4), distances)
     pairs = [depth._Batch(tokens[i : i + 2], (4, 4), distances[i : i + 2]) for i in (0, 2)]
-    together = depth._loss(head, _settings(), whole, False)
-    of_pairs = torch.stack([depth._loss(head, _settings(), pair, False) for pair in pairs]).mean()
-    assert depth._loss(head, _settings(group_size=2), whole, False).item() == pytest.approx(of_pairs.item())
+    together = depth._loss(_settings(), head, whole, 1_000)
+    of_pairs = torch.stack([depth._loss(_settings(), head, pair, 1_000) for pair in pairs]).mean()
+    assert depth._loss(_settings(group_size=2), head, whole, 1_000).item() == pytest.approx(of_pairs.item())
     assert together.item() != pytest.approx(of_pairs.item(), rel=1e-4)
-    only_sig = depth._loss(head, _settings(gradient_weight=0.0), whole, False).item()
-    double = depth._loss(head, _settings(gradient_weight=1.0), whole, False).item()
+    only_sig = depth._loss(_settings(gradient_weight=0.0), head, whole, 1_000).item()
+    double = depth._loss(_settings(gradient_weight=1.0), head, whole, 1_000).item()
     assert together.item() - only_sig == pytest.approx((double - only_sig) / 2, rel=1e-4) and double > only_sig + 1e-3
-    batch = depth._loss(head, _settings(gradient_axes="batch", group_size=2), whole, False).item()
-    assert batch == pytest.approx(depth._loss(head, _settings(gradient_weight=0.0, group_size=2), whole, False).item())
+    batch = depth._loss(_settings(gradient_axes="batch", group_size=2), head, whole, 1_000).item()
+    assert batch == pytest.approx(depth._loss(_settings(gradient_weight=0.0, group_size=2), head, whole, 1_000).item())
 
 
 def test_the_preset_paper_is_the_protocol_of_dinov2() -> None:

@@ -126,7 +126,7 @@ def test_the_loss_is_that_of_mmsegmentation() -> None:
     tokens = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
     truth = torch.randint(0, 2, (2, 6, 6), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     truth[0] = IGNORED
-    loss = segmentation._loss(head, segmentation._Batch(tokens, (2, 2), truth))
+    loss = segmentation._loss(head, segmentation._Batch(tokens, (2, 2), truth), 0)
     logits = F.linear(tokens[1] / np.sqrt(1 + 1e-5), head.weight, head.bias)
     upsampled = F.interpolate(logits.T.view(1, 2, 2, 2), size=(6, 6), mode="bilinear", align_corners=False)
     expected = F.cross_entropy(upsampled, truth[1:].long(), reduction="sum") / 72

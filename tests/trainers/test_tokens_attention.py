@@ -1,35 +1,23 @@
-"""Attention statistics on tensors worked out by hand, against q and k, on whole backbones; maps, pictures, a trial."""
+"""Attention statistics on tensors worked out by hand, against q and k, and on whole backbones."""
 
 import dataclasses
-import io
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from tests.trainers.planted import levels, metrics, numbered, subject
-from tests.trainers.runs import run
+from tests.trainers.attended import PREFIX, backbone, ended, given, images, pixels, rows
+from tests.trainers.planted import metrics, numbered, subject
 from trainers import vit
 from trainers.attention import SINKS
-from trainers.config import resolve
-from trainers.measurement import Arrays, Finding, Picture, Statistic, Subject
+from trainers.measurement import Arrays, Picture
 from trainers.probes.fitted import FittedProbes, _Views
-from trainers.streams import Streams
 from trainers.tokens import attention
 from trainers.tokens.attention import divergence, group_keys
-from trainers.vit import Tokens
 
-PREFIX = ("cls", "register_0", "register_1")
-MEAN_MAPS = ("mean_of_heads_0", "mean_of_heads_1", "mean_of_heads_average")
 MASKS = ("full", "patches_cannot_read", "registers_cannot_write", "detached")
 
 
@@ -122,29 +110,6 @@ def test_a_sink_is_one_of_the_keys() -> None:
     assert found["cls/entropy", None].item() == pytest.approx(1, rel=1e-6)
 
 
-def backbone(registers: int = 2, **settings: object) -> vit.ViT:
-    """A small model whose attention is far from uniform, with large registers and sinks."""
-    given = {"size": "nano", "patch_size": 8, "image_size": 32, "num_registers": registers, "layer_scale": None}
-    own = {"reg_init_std": 0.5} if registers else {}
-    ours = vit.ViT(resolve({"preset": "short", "model": {**given, **own, **settings}}).model, Streams(0)).eval()
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for block in ours.blocks:
-            block.attn.qkv.weight.mul_(4)
-            for name, bias in block.attn.named_parameters():
-                if name in ("bias_k", "bias_v", "value_bias"):
-                    bias.copy_(torch.randn(bias.shape, generator=generator))
-    return ours
-
-
-def pixels(images: int = 10) -> NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(0, 256, (images, 32, 32, 3), dtype=np.uint8)
-
-
-def images(count: int = 2) -> Tensor:
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(7))
-
-
 @pytest.mark.parametrize("sink", ["softmax1", "attention_bias"])
 def test_sinks_count_as_computed_from_q_and_k(sink: str) -> None:
     ours = backbone(sink=sink)
@@ -219,48 +184,6 @@ def test_divergence_by_hand() -> None:
     # There have to be two maps, which are not all zeros.
     assert divergence(torch.ones(2, 0, 4)).isnan().all() and divergence(torch.ones(2, 1, 4)).isnan().all()
     assert divergence(torch.stack([torch.ones(1, 4), torch.zeros(1, 4)], 1)).isnan().all()
-
-
-class Given(torch.nn.Module):
-    """A backbone whose attention of block l on image i is `table[l - 1, i]`; patches `high` [B, N] are outliers."""
-
-    embed_dim = 2
-
-    def __init__(self, table: Tensor, high: NDArray[np.bool_], prefix: tuple[str, ...] = PREFIX) -> None:
-        super().__init__()
-        self.table, self.prefix = table, prefix
-        self.norms = torch.from_numpy(np.where(high, 50.0, 1.0).astype(np.float32))
-        self.num_registers = len([kind for kind in prefix if kind != "cls"])
-
-    def _numbers(self, images: Tensor) -> Tensor:
-        return levels(images)[:, 0, 0].round().long()
-
-    def residuals(self, images: Tensor) -> Iterator[Tokens]:
-        patches = self.norms[self._numbers(images)][..., None] * torch.tensor([0.6, 0.8])
-        cls = patches.new_ones(len(images), 2) if "cls" in self.prefix else None
-        for _ in range(len(self.table) + 1):
-            yield Tokens(cls, patches.new_ones(len(images), self.num_registers, 2), patches)
-
-    def attention(self, images: Tensor, layer: int) -> Tensor:
-        return self.table[layer - 1, self._numbers(images)]
-
-
-def given(images: int = 5, prefix: tuple[str, ...] = PREFIX, blocks: int = 2, sink: bool = False) -> Given:
-    """Random attention of 3 heads over 16 patches; images 0 and 3 have outliers."""
-    length, generator = len(prefix) + 16, torch.Generator().manual_seed(5)
-    logits = 3 * torch.randn(blocks, images, 3, length, length + sink, generator=generator)
-    high = np.zeros((images, 16), bool)
-    high[0, [2, 9]] = high[3, 4] = True
-    return Given(torch.softmax(logits, -1)[..., :length], high, prefix)
-
-
-def ended(looked_at: Subject) -> Subject:
-    """The same subject at the end of a trial, when maps are kept."""
-    return dataclasses.replace(looked_at, at_end=True)
-
-
-def rows(found: list[Finding]) -> dict[tuple[str, int | None, int | None, str | None], float]:
-    return {(s.name, s.layer, s.head, s.token): s.value for s in found if isinstance(s, Statistic)}
 
 
 def test_rows_and_metrics_are_means_over_images() -> None:
@@ -359,7 +282,7 @@ def test_attention_over_other_tokens_is_said() -> None:
 def test_fitted_probes_alone_are_not_the_end_of_a_trial() -> None:
     looked_at = subject(given(), numbered(5, 32))
     fitted = dataclasses.replace(
-        looked_at, fitted=FittedProbes(looked_at.probes, [], _Views(looked_at.probes, looked_at.backbone))
+        looked_at, fitted=FittedProbes(looked_at.probes, [], _Views(looked_at.probes, looked_at.backbone, True))
     )
     assert not any(isinstance(finding, Arrays | Picture) for finding in attention.measure(fitted, None))
     variant = ended(looked_at).with_backbone(given())
@@ -393,141 +316,3 @@ def test_the_built_in_vit(sink: str) -> None:
     assert {(layer, head) for name, layer, head, _ in rows(found) if name == "attention/cls/self"} == {
         (layer, head) for layer in (1, 2, 3, 4) for head in (0, 1)
     }
-
-
-def decoded(png: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(png)).convert("RGB")
-
-
-def kept(found: list[Finding]) -> tuple[dict[str, NDArray[Any]], dict[str, Image.Image]]:
-    """The arrays, and the pictures decoded by name."""
-    (arrays,) = (dict(finding.arrays) for finding in found if isinstance(finding, Arrays))
-    return arrays, {finding.name: decoded(finding.png) for finding in found if isinstance(finding, Picture)}
-
-
-def test_maps_are_the_last_blocks_attention_to_patches() -> None:
-    ours, looked_at = backbone(), ended(subject(backbone(), pixels(10), tokens__detail_images=9))
-    arrays, pictures = kept(list(attention.measure(looked_at, None)))
-    (views,) = looked_at.batches(pixels(10)[:9])
-    with torch.no_grad():
-        weights = ours.attention(views, 4)[..., 3:]
-    expected = weights[:, :, :3].mean(1).unflatten(-1, (4, 4)).numpy()
-    np.testing.assert_allclose(arrays["maps"], expected[:8], rtol=1e-5, atol=1e-8)
-    np.testing.assert_allclose(arrays["average"], expected.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(arrays["cls_heads"], weights[:8, :, 0].unflatten(-1, (4, 4)), rtol=1e-5, atol=1e-8)
-    np.testing.assert_array_equal(arrays["images"], pixels(10)[:8])
-    assert (arrays["maps"].dtype, arrays["average"].dtype, arrays["images"].dtype) == ("float32", "float32", "uint8")
-    assert arrays["tokens"].tolist() == list(PREFIX)
-    assert (int(arrays["layer"]), int(arrays["averaged_images"]), str(arrays["head_reduction"])) == (4, 9, "mean")
-    assert not any(values.dtype == object for values in arrays.values())
-    assert {name: picture.size for name, picture in pictures.items()} == {
-        f"last_block_{name}": (480, 6 + 3 * 14 + (1 if "average" in name else 4) * (96 + 14 + 6))
-        for name in (*MEAN_MAPS, "cls_0", "cls_1")
-    }
-
-
-def held(thing: Any) -> int:
-    """How many numbers the tensors hold that an object keeps, storage and all."""
-    if isinstance(thing, Tensor):
-        return thing.untyped_storage().nbytes() // thing.element_size()
-    return sum(map(held, thing)) if isinstance(thing, list | tuple) else 0
-
-
-def test_what_is_kept_on_the_device_does_not_grow_with_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_CHUNK_VALUES", 3 * 19 * 19 * 5)
-    kept = [
-        sum(map(held, vars(attention._Survey(ended(subject(backbone(), pixels(count))))).values()))
-        for count in (10, 40)
-    ]
-    assert kept[0] == kept[1] > 8 * (3 + 2) * 16  # maps of 8 images: 3 tokens and 2 heads
-
-
-def test_fewer_images_than_are_drawn_are_all_drawn() -> None:
-    arrays, _ = kept(list(attention.measure(ended(subject(backbone(), pixels(3))), None)))
-    assert arrays["maps"].shape == (3, 3, 4, 4) and arrays["cls_heads"].shape == (3, 2, 4, 4)
-    np.testing.assert_allclose(arrays["average"], arrays["maps"].mean(0), rtol=1e-6)
-
-
-def test_padding_has_no_map_and_counts_in_no_average(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_CHUNK_VALUES", 3 * 19 * 19 * 2)  # two images at a time
-    content = np.array([[0, 0, 32, 32], [0, 0, 32, 24], [0, 0, 32, 24], [0, 0, 32, 32], [0, 0, 32, 24]], np.float32)
-    model = given()
-    looked_at = ended(subject(model, numbered(5, 32), content=content))
-    found = list(attention.measure(looked_at, None))
-    arrays, pictures = kept(found)
-    assert pictures["last_block_mean_of_heads_1"].getpixel((20, 60)) == (4, 4, 4)  # the fifth image alone
-    expected = model.table[-1].mean(1)[:, :3, 3:].unflatten(-1, (4, 4)).double().numpy()
-    np.testing.assert_array_equal(
-        np.isnan(arrays["maps"]).all(axis=(1, 3)), np.array([[0, 0, 0, n] for n in (0, 1, 1, 0, 1)])
-    )
-    np.testing.assert_allclose(arrays["average"][:, :3], expected[:, :, :3].mean(0), rtol=1e-5)
-    np.testing.assert_allclose(arrays["average"][:, 3], expected[[0, 3], :, 3].mean(0), rtol=1e-5)
-    cut = expected[:, 1:].copy()
-    cut[[1, 2, 4], :, 3] = 0
-    value = divergence(torch.from_numpy(cut).flatten(2)).mean().item()
-    assert metrics(found)["attention/last/register_divergence"] == pytest.approx(value, rel=1e-5)
-    last = model.table[-1, :, 0, 0].double().numpy()
-    on_padding = rows(found)["attention/cls/padding", 2, 0, None]
-    assert on_padding == pytest.approx(last[[1, 2, 4], 15:].sum() / 5, rel=1e-5)
-
-
-def test_a_picture_shows_each_map_in_its_place() -> None:
-    maps = np.zeros((2, 2, 2, 4), np.float32)
-    maps[0, 0, 0, 1], maps[0, 0, 1, 3] = 0.25, 0.125
-    maps[1, 1] = np.nan
-    photographs = np.stack([np.full((5, 5, 3), 200, np.uint8), np.full((5, 5, 3), 90, np.uint8)])
-    picture = decoded(attention.draw("A title", ["cls", "register_0"], maps, photographs))
-    assert picture.size == attention.picture_size(3, 2, (2, 4)) == (480, 6 + 3 * 14 + 2 * (48 + 14 + 6))
-
-    def pixel(row: int, column: int, cell: tuple[float, float]) -> tuple[int, ...]:
-        """At a patch's middle; cells are 96 × 48 px, patches 24 px."""
-        left, top = 6 + column * (96 + 6), 6 + 3 * 14 + row * (48 + 14 + 6)
-        return picture.getpixel((left + int(24 * (cell[1] + 0.5)), top + int(24 * (cell[0] + 0.5))))
-
-    assert (pixel(0, 0, (0, 0)), pixel(1, 0, (1, 3))) == ((200,) * 3, (90,) * 3)
-    viridis = matplotlib.colormaps["viridis"]
-    for cell, value in {(0, 1): 1.0, (1, 3): 0.5, (0, 0): 0.0, (1, 1): 0.0}.items():
-        np.testing.assert_allclose(pixel(0, 1, cell), 255 * np.array(viridis(value)[:3]), atol=6)
-    np.testing.assert_allclose(pixel(0, 2, (0, 0)), 255 * np.array(viridis(0.0)[:3]), atol=6)  # all zeros
-    assert pixel(1, 2, (0, 2)) == (128,) * 3
-    many = np.ones((1, 24, 37, 37), np.float32)
-    many[0, 0] = 0
-    wide = decoded(attention.draw("Many", [f"head {i}" for i in range(24)], many))
-    assert wide.size == (6 + 24 * (111 + 6), 6 + 3 * 14 + 111 + 14 + 6)
-    ends = wide.getpixel((60, 100)), wide.getpixel((60 + 23 * 117, 100))
-    np.testing.assert_allclose(ends, 255 * np.array([viridis(0.0)[:3], viridis(1.0)[:3]]), atol=1)
-    ramp = np.linspace(0, 3, 256, dtype=np.float32)
-    expected = matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255
-    assert np.abs(attention.colors(ramp) - expected).max() < 6
-    np.testing.assert_array_equal(attention.colors(np.float32([1.5, 3])), attention.colors(ramp)[[127, 255]])
-
-
-def test_a_trial_leaves_maps_pictures_and_rows(tmp_path: Path, data_cache: Path, tiny: dict[str, Any]) -> None:
-    names = ["channels", "attention", "similarity"]
-    settings = {**tiny, "model.num_registers": 2, "tokens.measurements": names, "tokens.detail_images": 5}
-    result, reports = run(settings, tmp_path, data_cache)
-    assert result.status == "finished"
-    own = {
-        *(f"channels/last/{name}" for name in ("kurtosis", "max_over_median", "massive")),
-        *(f"attention/last/{name}" for name in attention.METRICS if name != "cls/sink"),
-        "attention/last/register_divergence",
-        *(f"similarity/last/{name}" for name in ("cls_patch", "neighbors", "registers", "registers_max")),
-    }
-    found = {"channels", "attention", "similarity"}
-    for step in (4, 8, 12):
-        assert {name for name in reports[step] if name.split("/")[0] in found} == own
-    with np.load(tmp_path / "attention.npz") as arrays:
-        assert arrays["maps"].shape == (5, 3, 2, 2)
-        assert arrays["images"].shape == (5, 16, 16, 3)
-        assert arrays["tokens"].tolist() == list(PREFIX)
-        assert 0 < arrays["maps"].sum() < 5 * 3
-    sizes = {path.stem: decoded(path.read_bytes()).size for path in (tmp_path / "attention").glob("*.png")}
-    assert set(sizes) == {f"last_block_{name}" for name in (*MEAN_MAPS, "cls_0", "cls_1")}
-    assert sizes["last_block_mean_of_heads_1"] == attention.picture_size(4, 1, (2, 2))
-    table = pq.read_table(tmp_path / "token_statistics.parquet").to_pylist()
-    kept = [row for row in table if row["name"] == "attention/cls/registers" and row["token"] == "register_1"]
-    assert {(row["step"], row["layer"], row["head"]) for row in kept} == {
-        (step, layer, head) for step in (4, 8, 12) for layer in (1, 2, 3, 4) for head in (0, 1)
-    }
-    assert {row["layer"] for row in table if row["name"] == "similarity/cls_patch"} == {0, 1, 2, 3, 4}
-    assert {row["token"] for row in table if row["name"] == "channels/massive"} == {None, *PREFIX, "patch"}

@@ -193,9 +193,8 @@ def open_evaluation_sets(config: TrialConfig, cache: Path, progress: Progress | 
     Raises:
         ValueError: as `open_data`.
     """
-    assert isinstance(config.model.image_size, int), "the configuration is not resolved"
     return {
-        name: open_data(data, config.execution, config.model.image_size, cache, progress)
+        name: open_data(data, config.execution, config.model.side, cache, progress)
         for name, data in evaluation_configs(config).items()
     }
 

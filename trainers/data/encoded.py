@@ -8,12 +8,16 @@ those few that would look like members are refused where folders are listed.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 from pathlib import Path, PurePosixPath
 
 _MEMBER = re.compile(r"(?P<archive>[^@]+\.tar)@(?P<offset>\d+)\+(?P<size>\d+)@(?P<name>.*)", re.DOTALL)
+
+# Errors of the system that a file has on every machine and for ever; those of Pillow have no number.
+_OF_FILES = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def member(archive: str, offset: int, size: int, name: str) -> str:
@@ -71,3 +75,12 @@ def opened(root: Path, reference: str) -> Path | io.BytesIO:
     if len(content) < size:
         raise OSError(f"ends {size - len(content)} bytes before its member {found['name']} does")
     return io.BytesIO(content)
+
+
+def of_the_machine(error: BaseException | None) -> bool:
+    """Whether the machine is at fault and not the file: memory, open files, a network disk that is away."""
+    while error is not None:  # maps are read by who says which file it was
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in _OF_FILES):
+            return True
+        error = error.__cause__
+    return False

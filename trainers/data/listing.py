@@ -21,7 +21,7 @@ from trainers import catalog
 from trainers.config import DataConfig, ExecutionConfig
 from trainers.data import IGNORED, SPLITS, Progress, Whole
 from trainers.data.cache import Source, Writer
-from trainers.data.encoded import file_of, opened
+from trainers.data.encoded import file_of, of_the_machine, opened
 from trainers.data.labels import boxes_within, known_depth
 from trainers.data.pictures import Square, Stored, decode, decode_stored, square
 from trainers.data.splits import held_out, uniforms
@@ -280,7 +280,9 @@ class Decoder:
         """The decoded image with what is to be said of it, or why there is none."""
         try:
             return self.decoded(batch, row)
-        except Exception as error:  # noqa: BLE001  (decoders raise nearly anything on damaged files; all are named)
+        except Exception as error:  # decoders raise nearly anything on damaged files; all are named
+            if of_the_machine(error):  # else a moment's shortage would leave images out of the cache for ever
+                raise
             reason = str(error)
             return reason if isinstance(error, OSError) and reason == "is not a file" else f"{_kind(error)}: {error}"
 

@@ -10,7 +10,6 @@ Shapes: n images, S side of a square, H × W px of an image.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import threading
@@ -28,7 +27,7 @@ from torchvision.io import ImageReadMode  # and loads its decoders into torch.op
 
 from trainers.data import SPLITS, Progress
 from trainers.data.cache import Source, Streaming, Writer
-from trainers.data.encoded import encoded_size, opened
+from trainers.data.encoded import encoded_size, of_the_machine, opened
 from trainers.data.pictures import MAX_PIXELS, Square, decode_whole
 
 if TYPE_CHECKING:
@@ -39,9 +38,6 @@ CONTENT = "content"  # target of padded images: what is no padding
 
 _UPRIGHT = 1  # EXIF's orientation of images that need not be turned
 _LAZY = {"segmentation": (np.uint8, 2), "depth": (np.float16, 2), "boxes": (np.float32, 1), CONTENT: (np.float32, 0)}
-# Errors of the system that a file has on every machine and for ever; those of Pillow have no number.
-_OF_FILES = (None, errno.ENOENT, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-
 Row = TypeVar("Row")
 
 
@@ -198,7 +194,7 @@ class Streamed:
                     replaced[row] = candidate
                 return candidate, result
             except Exception as error:
-                if _passes(error):  # another image now would be another run than its twin's
+                if of_the_machine(error):  # another image now would be another run than its twin's
                     raise
                 met = error
             self.unreadable.add(self._paths[candidate], met)
@@ -215,15 +211,6 @@ class Streamed:
             for other in (number % len(self) for number in following):
                 if (self._classes[other] == self._classes[row]) == alike:
                     yield other
-
-
-def _passes(error: BaseException | None) -> bool:
-    """Whether the machine is at fault and not the file: memory, open files, a network disk that is away."""
-    while error is not None:  # maps are read by who says which file it was
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in _OF_FILES):
-            return True
-        error = error.__cause__
-    return False
 
 
 class LazyTarget:

@@ -10,7 +10,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from itertools import chain
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ from trainers.probes.seen import SeenSplit
 
 Job = TypeVar("Job")
 Made = TypeVar("Made")
+Batch = TypeVar("Batch")
+Head = TypeVar("Head", bound=nn.Module)
 
 _AHEAD = 2  # batches that are made while one is learned from
 
@@ -82,6 +86,73 @@ def cosine(step: int, steps: int) -> float:
 def warmed_up(factor: float, step: int, warmup_steps: int, start: float) -> float:
     """`factor` times a linear rise from `start` to 1 over the first steps, as mmcv's linear warm-up multiplies it."""
     return factor if step >= warmup_steps else factor * (start + (1.0 - start) * step / warmup_steps)
+
+
+class Recipe(Protocol):
+    """How a head is trained: settings of SegmentationConfig and DepthConfig."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def fit(
+    settings: Recipe,
+    num_images: int,
+    generator: torch.Generator,
+    batches_of: Callable[[Iterator[NDArray[np.int64]]], Iterator[Batch]],
+    head_of: Callable[[Batch], Head],
+    loss_of: Callable[[Head, Batch, int], Tensor],
+    rates: Callable[[int], float],
+    clip_grad: float | None = None,
+) -> Head:
+    """A head that has learned from batches of images; see `train`.
+
+    Args:
+        settings: how many steps, of how many images.
+        num_images: that there are.
+        generator: draws the order of the images.
+        batches_of: gives what is learned from in each step from the positions of its images.
+        head_of: makes the head, from the first batch.
+        loss_of: of a head and a batch at a step.
+        rates: the learning rate of a step.
+        clip_grad: largest norm of the gradients of all parameters together.
+
+    Raises:
+        HeadDiverged: a loss is NaN or infinite.
+    """
+    found = batches_of(batches(num_images, settings.batch_size, settings.steps, generator))
+    first = next(found)
+    head = head_of(first)
+    losses = (partial(loss_of, head, batch, step) for step, batch in enumerate(chain([first], found)))
+    train(head, losses, rates, settings.weight_decay, clip_grad)
+    return head
+
+
+def require(seen: SeenSplit, target: str, counts: Callable[[Tensor], Tensor], *, whole: bool, what: str) -> None:
+    """Look until a pixel is found that can be learned from, which is in the first image as a rule.
+
+    Args:
+        seen: training images.
+        target: "segmentation" or "depth".
+        counts: which values of it count.
+        whole: whether whole images are learned from.
+        what: such a pixel has, for the message.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for position in range(len(seen)):
+        if whole:
+            values = torch.from_numpy(np.array(seen.part.whole(int(seen.indices[position])).targets[target]))
+        else:
+            values = seen.dense(target, np.array([position]))
+        if bool(counts(values).any()):
+            return
+    raise ValueError(f"{seen.data.name} has no {what} in {seen.split} to learn from")
 
 
 @torch.enable_grad()

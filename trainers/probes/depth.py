@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import numpy as np
 import torch
@@ -39,7 +38,6 @@ CLIP_GRAD = 35.0
 SIG_WARMUP = 100  # steps in which only the mean depth is fitted; never more than a fifth of all
 LAST_FACTOR = 1e-8  # of the learning rate
 
-_LOOKED_AT = 64  # images whose depth is looked at together
 _CHUNK_VALUES = 2**24  # bins' logits that are held at a time in testing
 _CACHE_VALUES = 2**19  # of these that a CPU handles at a time, so that they stay in its cache
 
@@ -104,18 +102,18 @@ class Depth:
         """
         settings, seed = self._settings, self._streams.seed_for("probe/depth")
         max_depth = _max_depth(settings, train.data)
-        _require_depth(train, max_depth)
+        counts = partial(depth_losses.valid_for_loss, max_depth=max_depth)
+        dense.require(train, "depth", counts, whole=settings.whole, what=f"depth above 0 and up to {max_depth} m")
         generator = torch.Generator().manual_seed(seed)
-        order = dense.batches(len(train), settings.batch_size, settings.steps, generator)
-        batches = _crops(train, settings, seed, order) if settings.whole else _squares(train, settings, order)
-        first = next(batches)
-        head = Head(first.tokens_BNF.shape[2], settings, max_depth, generator).to(train.device)
-        warmup = min(SIG_WARMUP, settings.steps // 5)
-        losses = (
-            partial(_loss, head, settings, batch, step < warmup) for step, batch in enumerate(chain([first], batches))
-        )
-        dense.train(head, losses, partial(_rate, settings), settings.weight_decay, CLIP_GRAD)
-        return FittedDepth(head, settings)
+
+        def batches(order: Iterator[NDArray[np.int64]]) -> Iterator[_Batch]:
+            return _crops(train, settings, seed, order) if settings.whole else _squares(train, settings, order)
+
+        def head(first: _Batch) -> Head:
+            return Head(first.tokens_BNF.shape[2], settings, max_depth, generator).to(train.device)
+
+        loss, rates = partial(_loss, settings), partial(_rate, settings)
+        return FittedDepth(dense.fit(settings, len(train), generator, batches, head, loss, rates, CLIP_GRAD), settings)
 
 
 @dataclass(frozen=True)
@@ -178,9 +176,9 @@ class _Batch:
     depth: Tensor  # [B, H, W]
 
 
-def _loss(head: Head, settings: DepthConfig, batch: _Batch, warm_up: bool) -> Tensor:
+def _loss(settings: DepthConfig, head: Head, batch: _Batch, step: int) -> Tensor:
     """Mean over groups of images of their losses."""
-    depth = batch.depth
+    depth, warm_up = batch.depth, step < min(SIG_WARMUP, settings.steps // 5)
     predicted = head(batch.tokens_BNF, batch.grid, (depth.shape[1], depth.shape[2]))
     valid = depth_losses.valid_for_loss(depth, head.max_depth)
     size = settings.group_size or len(depth)
@@ -208,14 +206,6 @@ def _max_depth(settings: DepthConfig, data: DataSet) -> float:
     if found <= settings.min_depth:
         raise ValueError(f"evaluation.depth.max_depth is {found}; allowed: more than min_depth, {settings.min_depth}")
     return float(found)
-
-
-def _require_depth(seen: SeenSplit, max_depth: float) -> None:
-    """Look until a pixel is found that can be learned from, which is in the first images as a rule."""
-    for positions in np.array_split(np.arange(len(seen)), math.ceil(len(seen) / _LOOKED_AT)):
-        if bool(depth_losses.valid_for_loss(seen.dense("depth", positions).float(), max_depth).any()):
-            return
-    raise ValueError(f"{seen.data.name} has no depth above 0 and up to {max_depth} m in {seen.split} to learn from")
 
 
 def _reads(settings: DepthConfig) -> frozenset[str]:

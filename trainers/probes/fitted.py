@@ -93,7 +93,7 @@ class Probes:
 
         What no probe looks at is not computed.
         """
-        seen = _Views(self, backbone)
+        seen = _Views(self, backbone, at_end)
         fitted: list[tuple[Part, Fitted]] = []
         for part in self.parts:
             if part.at_end and not at_end:
@@ -108,13 +108,13 @@ class Probes:
                 )
             except HeadDiverged as error:
                 log.warning("probe %s on %s has no metrics: %s", part.name, part.data or "the trial's data", error)
-        return FittedProbes(self, fitted, seen)
+        return FittedProbes(self, fitted, seen, at_end)
 
-    def see(self, backbone: nn.Module, data: str, split: str) -> SeenSplit:
-        """A split of one of the data sets; of training images those that probes learn from."""
+    def see(self, backbone: nn.Module, data: str, split: str, *, at_end: bool = True) -> SeenSplit:
+        """A split of one of the data sets, for probes that run now; of training images those that they learn from."""
         opened = self._data[data]
         count = len(getattr(opened, split))
-        probes = [part.probe for part in self.parts if part.data == data]
+        probes = [part.probe for part in self.parts if part.data == data and (at_end or not part.at_end)]
         if split == "train":
             probes = [probe for probe in probes if getattr(probe, "learns", True)]
         reads = frozenset[str]().union(*(probe.reads for probe in probes))
@@ -136,14 +136,14 @@ class Probes:
 class _Views:
     """The splits as one backbone sees them; each is extracted at most once."""
 
-    def __init__(self, probes: Probes, backbone: nn.Module) -> None:
-        self._probes, self.backbone = probes, backbone
+    def __init__(self, probes: Probes, backbone: nn.Module, at_end: bool) -> None:
+        self._probes, self.backbone, self.at_end = probes, backbone, at_end
         self._seen: dict[tuple[str, str], SeenSplit] = {}
 
     def split(self, data: str, split: str) -> SeenSplit:
         """A split as this backbone sees it."""
         if (data, split) not in self._seen:
-            self._seen[data, split] = self._probes.see(self.backbone, data, split)
+            self._seen[data, split] = self._probes.see(self.backbone, data, split, at_end=self.at_end)
         return self._seen[data, split]
 
 
@@ -154,15 +154,17 @@ class FittedProbes:
     probes: Probes
     fitted: list[tuple[Part, Fitted]]
     seen: _Views
+    at_end: bool = True  # whether those of the end of a trial are among them
 
     @property
     def quick(self) -> FittedProbes:
         """Those that run at every evaluation."""
-        return replace(self, fitted=[(part, fitted) for part, fitted in self.fitted if not part.at_end])
+        fitted = [(part, fitted) for part, fitted in self.fitted if not part.at_end]
+        return replace(self, fitted=fitted, at_end=False)
 
     def score(self, backbone: nn.Module, split: str) -> Scores:
         """Metrics on `split`, "validation" or "test", as `backbone` sees it."""
-        seen = self.seen if backbone is self.seen.backbone else _Views(self.probes, backbone)
+        seen = self.seen if backbone is self.seen.backbone else _Views(self.probes, backbone, self.at_end)
         scores = Scores({}, {}, [])
         for part, fitted in self.fitted:
             for score in fitted.score(seen.split(part.data, split)):

@@ -61,14 +61,12 @@ class SeenSplit:
     @property
     def image_size(self) -> int:
         """S."""
-        assert isinstance(self.model.image_size, int), "the configuration is not resolved"
-        return self.model.image_size
+        return self.model.side
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the patches."""
-        side = self.image_size // self.model.patch_size
-        return side, side
+        return self.model.grid
 
     @functools.cached_property
     def features(self) -> Mapping[str, Tensor]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 
 import numpy as np
 import torch
@@ -71,15 +70,19 @@ class Segmentation:
             HeadDiverged: what is learned has.
         """
         settings, seed = self._settings, self._streams.seed_for("probe/segmentation")
-        _require_truth(train, settings.whole)
+        dense.require(
+            train, "segmentation", lambda truth: truth != IGNORED, whole=settings.whole, what="pixel of a class"
+        )
         generator = torch.Generator().manual_seed(seed)
-        order = dense.batches(len(train), settings.batch_size, settings.steps, generator)
-        batches = _crops(train, settings, seed, order) if settings.whole else _squares(train, order)
-        first = next(batches)
-        head = Head(first.patches_BND.shape[2], len(train.data.segmentation_names), generator).to(train.device)
-        losses = (partial(_loss, head, batch) for batch in chain([first], batches))
-        dense.train(head, losses, partial(_rate, settings), settings.weight_decay)
-        return FittedSegmentation(head, settings)
+
+        def batches(order: Iterator[NDArray[np.int64]]) -> Iterator[_Batch]:
+            return _crops(train, settings, seed, order) if settings.whole else _squares(train, order)
+
+        def head(first: _Batch) -> Head:
+            return Head(first.patches_BND.shape[2], len(train.data.segmentation_names), generator).to(train.device)
+
+        learned = dense.fit(settings, len(train), generator, batches, head, _loss, partial(_rate, settings))
+        return FittedSegmentation(learned, settings)
 
 
 @dataclass(frozen=True)
@@ -171,18 +174,6 @@ def _mean(parts: NDArray[np.int64], wholes: NDArray[np.int64]) -> float:
     return float((parts[present] / wholes[present]).mean()) if present.any() else float("nan")
 
 
-def _require_truth(seen: SeenSplit, whole: bool) -> None:
-    """Look until a pixel is found that can be learned from, which is in the first images as a rule."""
-    for position in range(len(seen)):
-        if whole:
-            truth = seen.part.whole(int(seen.indices[position])).targets["segmentation"]
-        else:
-            truth = seen.dense("segmentation", np.array([position])).cpu().numpy()
-        if (truth != IGNORED).any():
-            return
-    raise ValueError(f"{seen.data.name} has no pixel of a class in {seen.split} to learn from")
-
-
 @dataclass(frozen=True)
 class _Batch:
     patches_BND: Tensor
@@ -190,7 +181,7 @@ class _Batch:
     truth: Tensor  # [B, H, W]
 
 
-def _loss(head: Head, batch: _Batch) -> Tensor:
+def _loss(head: Head, batch: _Batch, _step: int) -> Tensor:
     truth = batch.truth.long()
     logits = head(batch.patches_BND, batch.grid, (truth.shape[1], truth.shape[2]))
     return F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="sum") / truth.numel()
