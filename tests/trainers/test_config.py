@@ -378,6 +378,11 @@ class TestProbePresets:
         assert trial_id(grid) == trial_id(resolve({"evaluation.linear": by_hand}))
         assert not [name for name in identity(grid) if name.endswith("preset")]
 
+    @pytest.mark.parametrize("probe", catalog.PROBES)
+    def test_every_probe_has_a_paper_preset_that_runs_at_the_end_alone(self, probe: str) -> None:
+        named = {"evaluation": {"probes": [probe], probe: {"preset": "paper"}}, "method": "openclip"}
+        assert getattr(resolve(named).evaluation, probe).at == "end"
+
     def test_an_unknown_preset_is_an_error(self) -> None:
         with pytest.raises(ConfigError, match=r"evaluation.linear.preset is 'papers'; .* did you mean paper"):
             resolve({"evaluation.linear.preset": "papers"})

@@ -98,11 +98,62 @@ def test_flips_make_left_and_right_alike() -> None:
 def test_crops_depend_on_the_seed_alone() -> None:
     shown = halves()
     first, other = fit(shown, crops=True), fit(shown, seed=1, crops=True)
-    torch.rand(3)
+    torch.manual_seed(123)
     again = fit(shown, crops=True)
     for one, two, three in zip(first.trained, again.trained, other.trained, strict=True):
         assert torch.equal(one.weight, two.weight)
         assert not torch.equal(one.weight, three.weight)
+
+
+def test_heads_are_chosen_on_the_centres_of_images_that_are_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing on random crops would make the choice a draw."""
+    looked_at: list[int] = []
+    centre = crops.centre_features
+
+    def noted(shown: SeenSplit, reads: Any, positions: Tensor | None = None) -> dict[str, Tensor]:
+        assert positions is not None
+        looked_at.extend(positions.tolist())
+        return centre(shown, reads, positions)
+
+    monkeypatch.setattr(crops, "centre_features", noted)
+    probe = fit(uniform(), crops=True)
+    held_out = set(looked_at[1:])  # the first is looked at for its width
+    assert len(looked_at) == 1 + IMAGES // 2 and len(held_out) == probe.num_chosen_on == IMAGES // 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reads"),
+    [
+        ({}, {"cls", "mean_patch"}),
+        ({"blocks": (1, 4)}, {"cls", "mean_patch", "cls_blocks"}),
+        ({"crops": True, "blocks": (1, 4)}, set()),
+    ],
+)
+def test_what_is_read_once_is_what_heads_without_crops_see(settings: dict[str, Any], reads: set[str]) -> None:
+    assert linear.Linear(LinearConfig(**settings), Context(Streams(0), None, "deit3")).reads == reads
+
+
+def test_crops_are_of_the_chosen_images_as_their_weights_expect_them() -> None:
+    """Of images 5 and 2 alone, and normalised by another mean and deviation than ImageNet's."""
+    every = uniform()
+    model = every.model.model_copy(update={"normalization": "inception"})
+    views: list[Tensor] = []
+
+    def look(images: Tensor) -> Tensor:
+        views.append(images)
+        return images.flatten(1)[:, :8]
+
+    class Plain(Summary):
+        def tokens(self, images: Tensor, *, normed: bool = True) -> Tokens:
+            cls_BD = self._look(images)
+            return Tokens(cls_BD, cls_BD[:, None][:, :0], cls_BD[:, None])
+
+    shown = replace(every, backbone=Plain(look), model=model, indices=np.array([5, 2]))
+    crops.RandomCrops(shown, READS, torch.Generator()).features(torch.arange(2))
+    crops.centre_features(shown, READS)
+    for images in views:
+        assert ((images[:, 0, 0, 0] * 0.5 + 0.5) * 255).tolist() == pytest.approx([5, 2], abs=1e-3)
+    assert len(views) == 2
 
 
 def ramps(count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.trainers.painted import STEP, painted, reader, seen
 from tests.trainers.planted import Planted
+from trainers.config import SegmentationConfig
 from trainers.probes import HeadDiverged, dense
 
 
@@ -195,3 +196,25 @@ def test_jobs_are_made_at_once_by_several_threads() -> None:
 def test_a_job_that_fails_is_the_callers_error() -> None:
     with pytest.raises(ZeroDivisionError):
         list(dense.ahead([[1], [0]], lambda job: 1 // job, workers=1))
+
+
+def test_every_batch_is_learned_from_in_its_order_the_first_one_too() -> None:
+    layer, learned = _weight(1.0), []
+
+    def loss_of(head: nn.Module, batch: list[int], step: int) -> torch.Tensor:
+        learned.append((batch, step))
+        return layer.weight.sum()
+
+    settings = SegmentationConfig(steps=3, batch_size=2)
+    made = dense.fit(
+        settings,
+        6,
+        torch.Generator().manual_seed(0),
+        lambda order: (positions.tolist() for positions in order),
+        lambda first: layer,
+        loss_of,
+        lambda step: 0.1,
+    )
+    order = list(dense.batches(6, 2, 3, torch.Generator().manual_seed(0)))
+    assert made is layer and learned == [(positions.tolist(), step) for step, positions in enumerate(order)]
+    assert sorted(position for batch, _ in learned for position in batch) == list(range(6))

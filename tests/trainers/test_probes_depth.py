@@ -123,6 +123,24 @@ def test_depth_that_tokens_hold_is_found_within_half_a_bin(data: DataSet, given:
     assert found["depth/images_without_depth"].value == 0
 
 
+@pytest.mark.parametrize(("steps", "warm"), [(12, 2), (4, 0), (600, 100)])
+def test_the_first_steps_fit_the_mean_depth_alone(
+    data: DataSet, monkeypatch: pytest.MonkeyPatch, steps: int, warm: int
+) -> None:
+    """A hundred of them, or a fifth of a short run."""
+    flags: list[bool] = []
+
+    def noted(*given: Tensor, warm_up: bool) -> Tensor:
+        flags.append(warm_up)
+        return given[0].sum() * 0.0
+
+    monkeypatch.setattr(depth_losses, "sig_loss", noted)
+    settings = _settings(steps=steps, batch_size=1, gradient_weight=0.0)
+    given = _seen(data, "train", Binned(), settings)
+    _probe(settings).fit(given, given)
+    assert flags == [True] * warm + [False] * (steps - warm)
+
+
 def test_the_class_token_stands_beside_every_patch(data: DataSet) -> None:
     """Where images are of one depth, it is enough; patches are zeros here."""
     flat = {

@@ -140,6 +140,30 @@ def test_probes_of_the_end_run_at_the_end(backbone: ViT, passes: list[int]) -> N
     assert set(at_end.quick.score(backbone, "test").metrics) == {"test/knn/k10/top1"}
 
 
+class Keyed(Counting):
+    """A probe that reads keys besides."""
+
+    reads = frozenset({"mean_patch", "keys"})
+
+
+def test_what_only_probes_of_the_end_read_is_extracted_at_the_end(backbone: ViT) -> None:
+    probes = _probes(probes=["knn", f"{__name__}:Keyed"])
+    probes.parts[1] = replace(probes.parts[1], at_end=True)
+    assert "keys" not in probes.fit(backbone).seen.split(fitted.OWN, "test").reads
+    at_end = probes.fit(backbone, at_end=True)
+    assert "keys" in at_end.seen.split(fitted.OWN, "test").reads
+    asked: list[bool] = []
+    see = probes.see
+
+    def noted(*arguments: Any, at_end: bool) -> SeenSplit:
+        asked.append(at_end)
+        return see(*arguments, at_end=at_end)
+
+    probes.see = noted  # type: ignore[method-assign]
+    at_end.quick.score(ViT(_model(), Streams(1)), "test")
+    assert asked == [False]
+
+
 def test_without_probes_no_image_is_looked_at(backbone: ViT, passes: list[int]) -> None:
     fitted = _probes(probes=[]).fit(backbone, at_end=True)
     assert fitted.score(backbone, "test").metrics == {} and fitted.patch_norms() is None and passes == []

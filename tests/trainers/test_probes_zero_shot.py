@@ -48,6 +48,11 @@ def test_a_class_is_the_mean_of_its_texts_at_unit_length() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.6, 0.8]]))  # long texts count no more
 
 
+def test_other_braces_of_a_template_stay() -> None:
+    joint = Joint({"{x} a cat {0}": [3.0, 4.0]}).eval()
+    assert class_features(joint, ["cat"], ["{x} a {} {0}"]).tolist() == [pytest.approx([0.6, 0.8])]
+
+
 def test_texts_of_few_classes_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     names, templates = [f"c{index}" for index in range(7)], ("a {}.", "{}", "the {}")
