@@ -63,9 +63,12 @@ def test_changed_content_is_refused_by_the_name_of_its_data_set(
     trial = _planned(_settings(tiny, photographs))
     data = evaluation_configs(trial.config)["image_folder/photographs"]
     known = {key(data, 16): "0" * 16}
-    with pytest.raises(ValueError, match="data set photographs: its content has changed"):
+    with pytest.raises(ValueError, match="photographs: its content has changed .*; give it another data.name, or pass"):
         DataCheck(data_cache, known, False, _quiet).fingerprints([trial])
     DataCheck(data_cache, known, True, _quiet).fingerprints([trial])
+    published = {key(evaluation_configs(trial.config)["scenes"], 16): "0" * 16}
+    with pytest.raises(ValueError, match=r"data set scenes: its content has changed \([^)]*\); pass --accept-data"):
+        DataCheck(data_cache, published, False, _quiet).fingerprints([trial])
 
 
 def test_fingerprints_of_all_data_of_a_trial() -> None:

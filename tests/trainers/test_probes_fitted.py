@@ -194,7 +194,9 @@ def test_a_trial_keeps_outliers_of_test_images_beside_what_probes_say(
     import pyarrow.parquet as pq
 
     settings = {**tiny, "tokens.outlier_rule": "fixed", "tokens.outlier_norm": 5.0}
-    run(settings, tmp_path, data_cache)
+    run({**settings, "evaluation.probes": ["linear", "knn", f"{__name__}:Counting"]}, tmp_path, data_cache)
+    with np.load(tmp_path / "counting.npz") as left:
+        assert int(left["n"]) == 32  # of the test set, not of validation
     kept = pq.read_table(tmp_path / "per_image.parquet").to_pandas()
     kept = kept[kept["split"] == "test"].pivot(index="index", columns="metric", values="value")
     assert {"tokens/outliers", "test/linear/top1", "test/knn/top1"} <= set(kept.columns)
