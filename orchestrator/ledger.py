@@ -51,19 +51,20 @@ class Ledger(LedgerFile):
         """
         if len({trial.trial_id for trial in trials}) != len(trials):
             raise ValueError("two planned trials have the same id")
-        rows = [
-            (t.trial_id, t.name, i, json.dumps(dict(t.cell)), t.seed, json.dumps(t.config.model_dump(mode="json")))
-            for i, t in enumerate(trials)
-        ]
         with self._change() as db:
             db.execute("UPDATE trials SET in_plan = 0")
-            db.executemany(
-                """INSERT INTO trials (trial_id, name, position, cell, seed, config, in_plan) VALUES (?,?,?,?,?,?,1)
-                ON CONFLICT (trial_id) DO UPDATE SET name = excluded.name, position = excluded.position, in_plan = 1,
-                    cell = excluded.cell, seed = excluded.seed,
-                    config = CASE WHEN state = 'planned' THEN excluded.config ELSE config END""",
-                rows,
-            )
+            _insert(db, trials, first=0)
+
+    def add(self, trials: Sequence[PlannedTrial]) -> None:
+        """Put `trials` behind those of the current plan; of one that is planned already nothing but the role changes,
+        since a trial by which a search chooses may turn out to be a row of the table too.
+        """
+        with self._change() as db:
+            planned = {row[0] for row in self._read("SELECT trial_id FROM trials WHERE in_plan")}
+            cells = [(t.trial_id,) for t in trials if t.trial_id in planned and t.role == "cell"]
+            db.executemany("UPDATE trials SET role = 'cell' WHERE trial_id = ?", cells)
+            last = self._read("SELECT coalesce(max(position), -1) FROM trials WHERE in_plan")[0][0]
+            _insert(db, [t for t in trials if t.trial_id not in planned], first=last + 1)
 
     def rows(self, in_plan_only: bool = True) -> list[TrialRow]:
         """All trials in the order of the plan; with `in_plan_only=False` those of earlier plans follow."""
@@ -229,6 +230,22 @@ class Ledger(LedgerFile):
             USING (trial_id) WHERE a.trial_id = ? AND a.number < ? AND a.number > t.attempts_before"""
         return max(0.0, float(self._read(sql, (trial_id, number))[0][0]))
 
+    # What searches asked and were told
+
+    def append_event(self, study: str, event: Mapping[str, Any]) -> None:
+        """Keep a JSON event of a search behind those that `study` has."""
+        with self._change() as db:
+            db.execute(
+                """INSERT INTO study_events (study, position, event)
+                SELECT ?, coalesce(max(position), -1) + 1, ? FROM study_events WHERE study = ?""",
+                (study, json.dumps(dict(event)), study),
+            )
+
+    def events(self, study: str) -> list[dict[str, Any]]:
+        """All events of `study` in the order in which they came."""
+        found = self._read("SELECT event FROM study_events WHERE study = ? ORDER BY position", (study,))
+        return [json.loads(row[0]) for row in found]
+
     # Metrics and what MLflow has of them
 
     def metrics(self, trial_id: str) -> list[tuple[int, str, float]]:
@@ -286,3 +303,18 @@ def _value(stored: float | None) -> float:
 def _check_move(row: TrialRow, to: State) -> None:
     if to not in MOVES[row.state]:
         raise IllegalMove(f"{row.trial_id} cannot go from {row.state} to {to}")
+
+
+def _insert(db: sqlite3.Connection, trials: Sequence[PlannedTrial], first: int) -> None:
+    """Put `trials` into the plan from position `first` on; known ones keep state, attempts and metrics."""
+    rows = [
+        (t.trial_id, t.name, i, json.dumps(dict(t.cell)), t.seed, json.dumps(t.config.model_dump(mode="json")), t.role)
+        for i, t in enumerate(trials, first)
+    ]
+    db.executemany(
+        """INSERT INTO trials (trial_id, name, position, cell, seed, config, role, in_plan) VALUES (?,?,?,?,?,?,?,1)
+        ON CONFLICT (trial_id) DO UPDATE SET name = excluded.name, position = excluded.position, in_plan = 1,
+            cell = excluded.cell, seed = excluded.seed, role = excluded.role,
+            config = CASE WHEN state = 'planned' THEN excluded.config ELSE config END""",
+        rows,
+    )

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from orchestrator.holder import Hold
-from orchestrator.ledger_schema import SCHEMA, SCHEMA_VERSION
+from orchestrator.ledger_schema import MIGRATIONS, SCHEMA_VERSION
 
 _BUSY_S = 10.0  # readers meet a writer only for the moment of a checkpoint
 
@@ -138,13 +138,16 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
     if not create:
         if version == 0:
             raise LedgerError(f"{path} is empty; the sweep is only just being started")
+        if version < SCHEMA_VERSION:
+            raise LedgerError(f"{path} is of an older version of this program; running its sweep again updates it")
         return
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
-    if version == 0:
+    if version < SCHEMA_VERSION:
         connection.execute("BEGIN IMMEDIATE")
-        for statement in SCHEMA:
-            connection.execute(statement)
+        for statements in MIGRATIONS[version:]:
+            for statement in statements:
+                connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+Role = Literal["cell", "search"]  # whether a trial is a row of the table, or one by which a search chooses
 
 State = Literal["planned", "running", "finished", "diverged", "pruned", "stopped", "failed"]
 STATES: tuple[State, ...] = get_args(State)
@@ -52,6 +54,13 @@ SCHEMA: tuple[str, ...] = (
         SELECT 1 FROM attempts a WHERE a.trial_id = m.trial_id AND a.number > m.attempt AND a.first_step < m.step)""",
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
 )
+_SINCE_2: tuple[str, ...] = (
+    "ALTER TABLE trials ADD COLUMN role TEXT NOT NULL DEFAULT 'cell' CHECK (role IN ('cell','search'))",
+    """CREATE TABLE study_events (
+        study TEXT NOT NULL, position INTEGER NOT NULL, event TEXT NOT NULL,  -- what a search asked and was told
+        PRIMARY KEY (study, position)) WITHOUT ROWID""",
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (SCHEMA, _SINCE_2)  # what brings a ledger from version n to n + 1
 
 
 class Config(Protocol):
@@ -74,6 +83,8 @@ class PlannedTrial(Protocol):
     def seed(self) -> int: ...
     @property
     def config(self) -> Config: ...
+    @property
+    def role(self) -> Role: ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,7 @@ class TrialRow:
     started_ms: int | None
     ended_ms: int | None
     run_id: str | None
+    role: Role
 
 
 class Delivery(NamedTuple):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.cells import Cell, Grid
+from orchestrator.ledger_schema import Role
 from orchestrator.sweep import Resources, Sweep
 from orchestrator.trial_names import trial_names
 from trainers import released
@@ -27,7 +28,10 @@ _OVER = ("finished", "diverged", "pruned", "stopped", "failed")
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One trial: a cell with one seed. `cell` has each axis by dotted name, null where the axis has no effect."""
+    """One trial: a cell with one seed. `cell` has each axis by dotted name, null where the axis has no effect.
+
+    Trials of the role `search` are those by which a search chooses settings; tables leave them out.
+    """
 
     trial_id: str
     name: str
@@ -35,6 +39,7 @@ class PlannedTrial:
     seed: int
     config: TrialConfig
     resources: Resources
+    role: Role = "cell"
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _simple_parts(draft: Draft) -> Sweep:
     raw = {key: draft.raw[key] for key in _SIMPLE if key in draft.raw}
     raw = {key: value for key, value in raw.items() if value is not None or key not in _OPTIONAL}
     if raw.get("budget") == {}:
-        draft.report(("budget",), "budget is empty; give gpu_hours, hours or both")
+        draft.report(("budget",), "budget is empty; give gpu_hours, hours or trials")
     _report_repeated_seeds(draft, raw.get("seeds"))
     try:
         return Sweep.model_validate(raw)

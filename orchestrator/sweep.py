@@ -77,7 +77,15 @@ class Resources(Part):
     gpus: Annotated[float, AfterValidator(_whole_above_one)] = Field(
         0.0, ge=0, le=1024, description="0.5 is half a GPU"
     )
-    cpus: float = Field(1.0, gt=0, le=4096, description="logical CPU cores")
+    cpus: float = Field(1.0, gt=0, le=4096, description="logical CPU cores of all ranks together")
+    ranks: int | None = Field(
+        None, ge=1, le=1024, description="processes that train one trial together; null is one, or one for each GPU"
+    )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that train one trial together."""
+        return self.ranks or max(1, int(self.gpus))
 
 
 class When(Part):
@@ -119,6 +127,7 @@ class Budget(Part):
 
     gpu_hours: float | None = Field(None, gt=0)
     hours: float | None = Field(None, gt=0, description="of wall-clock time")
+    trials: int | None = Field(None, ge=1, description="of trials that are begun, over all runs of the sweep")
 
 
 class Sweep(Part):

@@ -313,6 +313,12 @@ class ExecutionConfig(Section):
     )
     weights_root: str | None = Field(None, description="folder of the files of model.weights; null for this one")
     activation_checkpointing: bool = Field(False, description="compute activations twice, keep those of blocks alone")
+    network_interface: str | None = Field(
+        None, description="by which the ranks of a trial reach each other, such as eth0; null leaves it to them"
+    )
+    no_progress_seconds: float = Field(
+        1_800.0, gt=0, description="after which a trial that reports nothing and makes no step is taken for hung"
+    )
 
 
 class TrialConfig(Section):

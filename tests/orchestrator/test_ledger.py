@@ -19,7 +19,7 @@ import pytest
 
 from orchestrator.holder import SweepHeld
 from orchestrator.ledger import IllegalMove, Ledger, LedgerError
-from orchestrator.ledger_schema import MOVES, OVER, STATES
+from orchestrator.ledger_schema import MOVES, OVER, SCHEMA, STATES, Role
 
 
 @dataclass
@@ -38,6 +38,7 @@ class FakeTrial:
     cell: dict[str, Any] = field(default_factory=lambda: {"model.num_registers": 4})
     seed: int = 0
     config: FakeConfig = field(default_factory=FakeConfig)
+    role: Role = "cell"
 
 
 @pytest.fixture
@@ -426,3 +427,49 @@ def test_the_hold_of_a_killed_process_is_taken_over_with_all_it_committed(path: 
         assert ledger.release_running() == ["a"]
         steps = [step for step, _, _ in ledger.metrics("a")]
         assert steps in ([*range(1, committed + 1)], [*range(1, committed + 2)])  # a commit may outrun its print
+
+
+def test_a_ledger_of_the_first_version_is_brought_up_to_date_with_its_trials(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    old = sqlite3.connect(path)
+    for statement in SCHEMA:
+        old.execute(statement)
+    old.execute("PRAGMA user_version = 1")
+    old.execute(
+        "INSERT INTO trials (trial_id, name, position, in_plan, cell, seed, config, state) VALUES "
+        "('a', 'deit3', 0, 1, '{}', 0, '{}', 'finished')"
+    )
+    old.commit()
+    old.close()
+    with pytest.raises(LedgerError, match="older version"):
+        Ledger.open(path, writer=False)
+    with Ledger.open(path) as ledger:
+        assert [(row.trial_id, row.state, row.role) for row in ledger.rows()] == [("a", "finished", "cell")]
+        ledger.append_event("study", {"ask": 0})
+        assert ledger.events("study") == [{"ask": 0}]
+
+
+def test_added_trials_follow_those_of_the_plan_and_leave_known_ones_alone(ledger: Ledger) -> None:
+    ledger.plan([FakeTrial("a"), FakeTrial("b")])
+    ledger.start_attempt("b", 1, "host", 1)
+    ledger.add([FakeTrial("c", role="search"), FakeTrial("b")])
+    ledger.add([FakeTrial("d")])
+    assert [(row.trial_id, row.state, row.role) for row in ledger.rows()] == [
+        ("a", "planned", "cell"),
+        ("b", "running", "cell"),
+        ("c", "planned", "search"),
+        ("d", "planned", "cell"),
+    ]
+    ledger.add([FakeTrial("c")])  # chosen: its search trial is a row of the table as well
+    assert ledger.row("c").role == "cell"
+    ledger.plan([FakeTrial("a")])
+    assert [row.trial_id for row in ledger.rows()] == ["a"]
+
+
+def test_events_of_studies_are_kept_in_their_order_and_apart(ledger: Ledger) -> None:
+    ledger.append_event("one", {"ask": 0})
+    ledger.append_event("two", {"ask": 0})
+    ledger.append_event("one", {"tell": 0, "value": 0.5})
+    assert ledger.events("one") == [{"ask": 0}, {"tell": 0, "value": 0.5}]
+    assert ledger.events("two") == [{"ask": 0}]
+    assert ledger.events("three") == []
