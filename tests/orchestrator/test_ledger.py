@@ -401,7 +401,7 @@ def test_the_hold_of_a_killed_process_is_taken_over_with_all_it_committed(path: 
     class Config:
         def model_dump(self, mode): return {}
     class Trial:
-        trial_id = name = "a"; cell = {}; seed = 0; config = Config()
+        trial_id = name = "a"; cell = {}; seed = 0; config = Config(); role = "cell"
     ledger = Ledger.open(Path(sys.argv[1]))
     ledger.plan([Trial()])
     ledger.start_attempt("a", 1, "host", os.getpid())

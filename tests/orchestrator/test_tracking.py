@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -48,6 +48,7 @@ class FakeTrial:
     config: FakeConfig = field(
         default_factory=lambda: FakeConfig({"method": "deit3", "model": {"num_registers": 4, "factory": None}})
     )
+    role: Literal["cell", "search"] = "cell"
 
 
 @pytest.fixture(scope="module")

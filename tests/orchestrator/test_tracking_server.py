@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -38,6 +38,7 @@ class FakeTrial:
     cell: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     config: FakeConfig = field(default_factory=FakeConfig)
+    role: Literal["cell", "search"] = "cell"
 
 
 def _free_port() -> int:
