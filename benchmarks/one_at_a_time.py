@@ -12,10 +12,14 @@ import yaml
 
 from orchestrator import publish, run, spec
 from orchestrator.attempt import TRAIN, Job
+from orchestrator.control import Control
+from orchestrator.dispatch import Dispatch
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial, build_plan
+from orchestrator.queue import Queue
 from orchestrator.recorder import Recorder
+from orchestrator.run_request import Request
 from orchestrator.tracking import Sink, default_tracking_uri
 
 CPUS = 0.5  # of a trial, logical: leaves room for another side on a machine of one core
@@ -55,13 +59,15 @@ def sweep(
         sink = Sink(ledger, default_tracking_uri(layout.state), "benchmark", "benchmark", state=layout.state)
         sink.start()
         stack.callback(sink.close, FLUSH_SECONDS)
-        recorder = Recorder(ledger, layout, publish.provenance(), {}, sink.notify)
+        recorder = Recorder(ledger, layout, publish.provenance(), lambda _trial_id: 0.0, sink.notify)
         turns = _Turns(
             recorder, sink, {planned.trial_id: planned for planned in plan}, between, flush_every, stop_after
         )
-        jobs = [_job(planned, layout, folder / "cache", train) for planned in plan]
-        requests = {job.trial_id: run.Request(CPUS, 0.0) for job in jobs}
-        run.run(ray, jobs, requests, turns.handle, turns.over, max_concurrent=1)
+        queue = Queue(limit=1)
+        queue.add(plan)
+        dispatch = Dispatch(ledger, queue, [], lambda _trial: None, turns.over)
+        dispatch.make_job = lambda planned: (_job(planned, layout, folder / "cache", train), Request(CPUS, 0.0))
+        run.run(ray, dispatch, turns.handle, Control(), turns.over)
         turns.check(len(plan))
 
 
@@ -87,7 +93,6 @@ def _job(planned: PlannedTrial, layout: SweepLayout, cache: Path, train: str) ->
         config=planned.config.model_dump(mode="json"),
         folder=str(layout.trial(planned.trial_id).root),
         cache=str(cache),
-        stop_file=str(layout.root / ".stop"),
         threads=1,
         train=train,
     )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import gc
 import importlib
 import logging
 import os
+import socket
+import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.control import Ask
 from orchestrator.layout import TrialLayout
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -30,7 +35,9 @@ _FINAL = frozenset({"FileNotFoundError", "NotADirectoryError", "PermissionError"
 # Errors after which a process is of no more use, since every later call to the device fails.
 _POISONOUS = frozenset({"CUDAError", "AcceleratorError"})
 
-_LOGGERS = ("trainers", "orchestrator.attempt")
+_LOGGERS = ("trainers", "orchestrator.attempt", "orchestrator.program", "orchestrator.training")
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 
 _MEMORY_ADVICE = "; use a smaller optim.micro_batch_size, a larger share of a GPU, or precision bf16"
 
@@ -44,11 +51,64 @@ class Job:
     config: Mapping[str, Any]  # the resolved TrialConfig as JSON
     folder: str  # the trial's folder
     cache: str
-    stop_file: str  # its existence asks every trial of this driver to checkpoint and leave
-    threads: int
+    threads: int  # of each rank
     attempts: int = 0  # number of the newest attempt that the ledger knows
-    cpu_only: bool = False  # a trial that asked for no GPU does not take one that happens to be there
+    last_step: int = 0  # the last step that earlier attempts reported
+    stalled: int = 0  # attempts lost in a row without getting further
+    gpus: float = 0.0  # of each rank; a trial that asked for none does not take one that happens to be there
+    ranks: int = 1
+    save_memory: bool = False  # an earlier attempt ran out of device memory
     train: str = TRAIN
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of a trial's ranks a process is, and where the first one is found."""
+
+    rank: int = 0
+    ranks: int = 1
+    address: str = "127.0.0.1"
+    port: int = 0
+    interface: str | None = None  # of the network between ranks; None leaves the choice to PyTorch
+
+    def environment(self) -> dict[str, str]:
+        """What torch.distributed reads; the device is always the first, as Ray shows a process only its own."""
+        if self.ranks == 1:
+            return {}
+        own = {"RANK": self.rank, "WORLD_SIZE": self.ranks, "LOCAL_RANK": 0}
+        found = {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
+        names = () if self.interface is None else ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+        return {name: str(value) for name, value in {**own, **found, **dict.fromkeys(names, self.interface)}.items()}
+
+
+def free_address(interface: str | None) -> tuple[str, int]:
+    """An address of this machine by which others reach it, on `interface` where one is named, and a free port.
+
+    Raises:
+        ValueError: there is no such interface, or it has no IPv4 address.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        if interface is None:
+            address = _node_address()
+        else:
+            request = struct.pack("256s", interface.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError as error:
+                known = ", ".join(name for _, name in socket.if_nameindex())
+                raise ValueError(
+                    f"execution.network_interface {interface} cannot be used ({error.strerror}); allowed: {known}"
+                ) from error
+            address = socket.inet_ntoa(answer[20:24])
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return address, int(listener.getsockname()[1])
+
+
+def _node_address() -> str:
+    """The address by which Ray knows this node; loopback where Ray is not loaded."""
+    ray = sys.modules.get("ray")
+    return str(ray.util.get_node_ip_address()) if ray is not None and ray.is_initialized() else "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -65,32 +125,37 @@ class Outcome:
     error: Mapping[str, str] | None = None
     retryable: bool = False
     poisoned: bool = False  # the process must not run anything else
+    out_of_memory: bool = False  # of the device
+    disk_full: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def run_attempt(job: Job, number: int, report: Report) -> Outcome:
-    """Run attempt `number` of `job`; every exception becomes an Outcome with its traceback.
+_ALONE = Place()
 
-    `report` is called with (step, {name: value}) from this thread.
+
+def run_attempt(job: Job, number: int, report: Report, asked: Ask, place: Place = _ALONE) -> Outcome:
+    """Run attempt `number` of `job` as one of its ranks; every exception becomes an Outcome with its traceback.
+
+    `report` is called with (step, {name: value}), and `asked` at every step, from this thread.
     """
     layout = TrialLayout(Path(job.folder))
     started = time.monotonic()
     try:
-        with _log_to(layout.log(number)):
-            outcome = _logged(job, layout, number, report)
+        with _environment(place.environment()), _log_to(layout.log(number, place.rank)):
+            outcome = _logged(job, layout, number, report, asked)
         _reset_globals()
     except BaseException as error:  # noqa: BLE001 - of the log file or the device; the trial's own are caught inside
         outcome = failure(error)
     return Outcome(**{**outcome.to_json(), "seconds": time.monotonic() - started})
 
 
-def _logged(job: Job, layout: TrialLayout, number: int, report: Report) -> Outcome:
+def _logged(job: Job, layout: TrialLayout, number: int, report: Report, asked: Ask) -> Outcome:
     try:
         module, _, function = job.train.partition(":")
         train = getattr(importlib.import_module(module), function)
-        outcome: Outcome = train(job, layout, number, report, StopRequest(job, layout))
+        outcome: Outcome = train(job, layout, number, report, asked)
         return outcome
     except BaseException as error:
         log.exception("attempt %d of %s failed", number, job.name)
@@ -100,7 +165,8 @@ def _logged(job: Job, layout: TrialLayout, number: int, report: Report) -> Outco
 def failure(error: BaseException) -> Outcome:
     """An exception as the outcome of an attempt."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    advice = _MEMORY_ADVICE if "OutOfMemoryError" in kinds else ""
+    out_of_memory = "OutOfMemoryError" in kinds
+    advice = _MEMORY_ADVICE if out_of_memory else ""
     return Outcome(
         status="failed",
         error={
@@ -110,25 +176,34 @@ def failure(error: BaseException) -> Outcome:
         },
         retryable=not kinds.isdisjoint(_TRANSIENT) and kinds.isdisjoint(_FINAL),
         poisoned=not kinds.isdisjoint(_POISONOUS),
+        out_of_memory=out_of_memory,
+        disk_full=is_disk_full(error),
     )
 
 
-class StopRequest:
-    """Whether the attempt should leave, asked at every step and looked up at most twice a second."""
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error, or one that it came of, is that a disk or a quota is full."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if getattr(seen, "errno", None) in _DISK_FULL or "disk is full" in str(seen):  # the latter SQLite's
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
-    def __init__(self, job: Job, layout: TrialLayout) -> None:
-        self._files: Sequence[Path] = (layout.stop_request, Path(job.stop_file))
-        self._next = 0.0
-        self._answer: str | None = None
 
-    def __call__(self) -> str | None:
-        """`stopped` to end the trial, `interrupted` to leave it resumable, None to go on."""
-        now = time.monotonic()
-        if self._answer is None and now >= self._next:
-            self._next = now + 0.5
-            answers = zip(self._files, ("stopped", "interrupted"), strict=True)  # what the user asked for goes first
-            self._answer = next((answer for path, answer in answers if path.exists()), None)
-        return self._answer
+@contextlib.contextmanager
+def _environment(ours: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the time of an attempt, and then as before."""
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,18 @@ from typing import Any
 
 from orchestrator import data_sets, estimate, local, publish, recorder, spec, starting_points
 from orchestrator.attempt import TRAIN, Job
+from orchestrator.control import Control
+from orchestrator.dispatch import Dispatch
+from orchestrator.growth import Growth
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, TrialRow
 from orchestrator.plan import Plan, PlannedTrial, build_plan
 from orchestrator.progress import Screen
+from orchestrator.queue import Queue
 from orchestrator.recorder import Recorder
+from orchestrator.run_request import Request, clip
 from orchestrator.tracking_records import check_tracking_uri
+from orchestrator.watch import Watch
 from trainers.catalog import is_dotted_path
 from trainers.dotted import load
 from trainers.files import write_whole
@@ -57,9 +62,8 @@ class Options:
 
 @dataclass
 class Stop:
-    """Whether the driver should leave, and the file that tells trials so."""
+    """Whether the driver should leave."""
 
-    file: Path
     signal: int | None = None
     since: float = field(default=0.0)
 
@@ -80,8 +84,6 @@ class Stop:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal, self.since = number, time.monotonic()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.touch()
 
 
 class Interrupted(Exception):
@@ -119,14 +121,12 @@ def run_sweep(asked: spec.Sweep, options: Options) -> int:
             raise ValueError(
                 f"the folder {folder} cannot be made ({error.strerror}); give another --storage"
             ) from error
-    stop = Stop(layout.state / asked.name / f".stop-{uuid.uuid4().hex[:8]}")
+    stop = Stop()
     try:
         with _signals(stop), Ledger.open(layout.ledger) as ledger, Screen(asked.name, quiet=options.quiet) as screen:
             return _Run(options, asked, plan, layout, ledger, screen, stop).execute()
     except Interrupted:
         return 128 + (stop.signal or signal.SIGINT)
-    finally:
-        stop.file.unlink(missing_ok=True)
 
 
 def smoke_overrides(options: Options) -> list[str]:
@@ -151,6 +151,15 @@ class _Run:
     ) -> None:
         self.options, self.asked, self.plan = options, asked, plan
         self.layout, self.ledger, self.screen, self.stop = layout, ledger, screen, stop
+        self.queue, self.control = Queue(options.max_concurrent), Control()
+        self.fingerprints: dict[str, str] = {}
+        self.said: set[tuple[Request, Request]] = set()
+        self.requests: dict[str, Request] = {}
+        self.dispatch = Dispatch(ledger, self.queue, self._growths(), self._adopt, stop)
+
+    def _growths(self) -> list[Growth]:
+        """What adds trials while the sweep runs."""
+        return []
 
     def execute(self) -> int:
         options, layout = self.options, self.layout
@@ -183,25 +192,38 @@ class _Run:
         ledger.release_running()
         ledger.plan(self.plan.trials)
         for row in ledger.rows():
-            folder = layout.trial(row.trial_id)
-            folder.stop_request.unlink(missing_ok=True)
-            if self.options.rerun:
-                publish.forget(folder)
-            if row.state == "failed" or (self.options.rerun and row.state != "planned"):
-                folder.result.unlink(missing_ok=True)
-                ledger.reset(row.trial_id)
+            self._renew(row)
         planned = {row.trial_id for row in ledger.rows() if row.state == "planned"}
-        fingerprints = self._check_data([trial for trial in self.plan.trials if trial.trial_id in planned])
-        for trial in () if self.options.rerun else self.plan.trials:
-            expected = fingerprints.get(trial.trial_id)
-            if trial.trial_id in planned and recorder.adopt(ledger, layout, trial.trial_id, expected):
-                self.screen.say(f"{trial.name}: finished in another sweep, adopted")
+        self.fingerprints = self._check_data([trial for trial in self.plan.trials if trial.trial_id in planned])
+        for trial in self.plan.trials:
+            self._adopt(trial)
         self._publish_rest()
         write_whole(layout.sweep_file, spec.dump(self.asked).encode())
+        self.dispatch.grow()
+        self._write_plan()
+        trials = {trial.trial_id: trial for trial in self.plan.trials} | self.dispatch.grown
+        return [trials[row.trial_id] for row in ledger.rows() if row.state == "planned"]
+
+    def _renew(self, row: TrialRow) -> None:
+        """A failed trial runs again, with --rerun every one; a request to stop it is forgotten."""
+        folder = self.layout.trial(row.trial_id)
+        folder.stop_request.unlink(missing_ok=True)
+        if self.options.rerun:
+            publish.forget(folder)
+        if row.state == "failed" or (self.options.rerun and row.state != "planned"):
+            folder.result.unlink(missing_ok=True)
+            self.ledger.reset(row.trial_id)
+
+    def _adopt(self, trial: PlannedTrial) -> None:
+        """Take a trial over that has finished in another sweep under the same storage."""
+        if self.options.rerun or self.ledger.row(trial.trial_id).state != "planned":
+            return
+        if recorder.adopt(self.ledger, self.layout, trial.trial_id, self.fingerprints.get(trial.trial_id)):
+            self.screen.say(f"{trial.name}: finished in another sweep, adopted")
+
+    def _write_plan(self) -> None:
         cost = estimate.estimate(self.plan.trials).to_json()
-        write_whole(layout.plan, (json.dumps(self.plan.to_json(cost), indent=1) + "\n").encode())
-        states = {row.trial_id: row.state for row in ledger.rows()}
-        return [trial for trial in self.plan.trials if states[trial.trial_id] == "planned"]
+        write_whole(self.layout.plan, (json.dumps(self.plan.to_json(cost), indent=1) + "\n").encode())
 
     def _publish_rest(self) -> None:
         """Publish what a driver that died between ledger and files left out."""
@@ -248,22 +270,30 @@ class _Run:
             self.screen.say(f"MLflow still lacks {lacking} records; the next run of this command delivers them")
 
     def _train(self, pending: Sequence[PlannedTrial], notify: Callable[[], None]) -> None:
-        provenance = publish.provenance()
-        gpus = {trial.trial_id: trial.resources.gpus for trial in pending}
-        record = Recorder(self.ledger, self.layout, provenance, gpus, notify)
+        dispatch = self.dispatch
+        record = Recorder(self.ledger, self.layout, publish.provenance(), self._gpus_of, notify)
+        dispatch.add(pending)
         self.screen.watch(self.ledger, record)
-        if self.options.in_process:
-            local.run([self._job(t, os.cpu_count() or 1, False) for t in pending], record.handle, self.stop)
-            return
-        from orchestrator import run
+        with Watch(self.layout, self.queue, self.control, self.stop, self._spent, self.screen.say):
+            if self.options.in_process:
+                whole = Request(os.cpu_count() or 1, 1.0)
+                dispatch.make_job = lambda trial: self._job(trial, whole)
+                local.run(dispatch, record.handle, self.control, self.stop)
+                return
+            from orchestrator import run
 
-        self.stop.check()
-        # Signals are taken over again after connecting, since Ray sets a handler of its own for SIGTERM.
-        with run.cluster(self.options.address) as ray, _signals(self.stop):
-            requests = self._requests(run, run.nodes(ray), pending)
-            given = [(trial, requests[trial.trial_id]) for trial in pending]
-            jobs = [self._job(trial, max(1, int(request.cpus)), request.gpus == 0) for trial, request in given]
-            run.run(ray, jobs, requests, record.handle, lambda: self._may_leave(record), self.options.max_concurrent)
+            self.stop.check()
+            # Signals are taken over again after connecting, since Ray sets a handler of its own for SIGTERM.
+            with run.cluster(self.options.address) as ray, _signals(self.stop):
+                dispatch.make_job = lambda trial: self._job(trial, self._request(trial, run.nodes(ray)))
+                run.run(ray, dispatch, record.handle, self.control, lambda: self._may_leave(record))
+
+    def _spent(self) -> str | None:
+        """Why the budget is used up, or None."""
+        return None
+
+    def _gpus_of(self, trial_id: str) -> float:
+        return self.requests[trial_id].gpus if trial_id in self.requests else 0.0
 
     def _may_leave(self, record: Recorder) -> bool:
         """Whether Tune may end: a signal came, and every trial has left or had its time to."""
@@ -271,35 +301,33 @@ class _Run:
             return False
         return not record.live or time.monotonic() - self.stop.since > LEAVE_SECONDS
 
-    def _requests(
-        self, run: Any, nodes: Sequence[Mapping[str, float]], pending: Sequence[PlannedTrial]
-    ) -> dict[str, Any]:
-        """Resources by trial id, cut to the largest node; what is cut is said once."""
-        requests, said = {}, set()
-        for trial in pending:
-            asked = run.Request(trial.resources.cpus, trial.resources.gpus)
-            given = requests[trial.trial_id] = run.clip(asked, nodes)
-            if given != asked and (asked, given) not in said:
-                said.add((asked, given))
-                self.screen.say(
-                    f"a trial asks for {asked.cpus:g} CPUs and {asked.gpus:g} GPUs; "
-                    f"the largest node gives {given.cpus:g} and {given.gpus:g}"
-                )
-        return requests
+    def _request(self, trial: PlannedTrial, nodes: Sequence[Mapping[str, float]]) -> Request:
+        """What a trial asks for, cut to what the cluster has; what is cut is said once."""
+        asked = Request(trial.resources.cpus, trial.resources.gpus, trial.resources.num_ranks)
+        given = clip(asked, nodes)
+        if given != asked and (asked, given) not in self.said:
+            self.said.add((asked, given))
+            self.screen.say(f"a trial asks for {asked}; the cluster gives {given}")
+        return given
 
-    def _job(self, trial: PlannedTrial, threads: int, cpu_only: bool) -> Job:
-        return Job(
+    def _job(self, trial: PlannedTrial, request: Request) -> tuple[Job, Request]:
+        row = self.ledger.row(trial.trial_id)
+        self.requests[trial.trial_id] = request
+        job = Job(
             trial_id=trial.trial_id,
             name=trial.name,
             config=trial.config.model_dump(mode="json"),
             folder=str(self.layout.trial(trial.trial_id).root),
             cache=str(self.layout.cache),
-            stop_file=str(self.stop.file),
-            threads=threads,
-            attempts=self.ledger.row(trial.trial_id).attempts,
-            cpu_only=cpu_only,
+            threads=max(1, int(request.cpus / request.ranks)),
+            attempts=row.attempts,
+            last_step=row.last_step or 0,
+            stalled=row.stalled,
+            gpus=request.gpus / request.ranks,
+            ranks=request.ranks,
             train=self.options.train,
         )
+        return job, request
 
     def _conclude(self, sink: Any) -> int:
         """Tables, figures and report; the exit code."""
@@ -313,7 +341,11 @@ class _Run:
             self.screen.say(line)
         for line in failures(self.ledger.rows(), self.asked.name):
             self.screen.say(line)
-        return DONE if self.ledger.counts()["finished"] == len(self.plan.trials) else SOME_FAILED
+        return DONE if self._is_complete() else SOME_FAILED
+
+    def _is_complete(self) -> bool:
+        """Whether every trial of the table is finished."""
+        return all(row.state == "finished" for row in self.ledger.rows() if row.role == "cell")
 
 
 def failures(rows: Sequence[TrialRow], sweep: str) -> list[str]:
@@ -344,8 +376,12 @@ def _check_own_parts(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def _signals(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM ask trials to leave, while the block runs (in the main thread, as Python has it)."""
-    before = {number: signal.signal(number, stop.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    """SIGINT, SIGTERM and SIGUSR1 (the warning of Slurm and spot machines) ask trials to leave, while the block runs.
+
+    It must run in the main thread, as Python has it.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, stop.receive) for number in numbers}
     try:
         yield
     finally:

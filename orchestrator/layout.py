@@ -62,8 +62,8 @@ class TrialLayout:
                 self.attempt(number).mkdir(parents=True)
                 return number
 
-    def log(self, number: int) -> Path:
-        return self.attempt(number) / "log.txt"
+    def log(self, number: int, rank: int = 0) -> Path:
+        return self.attempt(number) / ("log.txt" if rank == 0 else f"log.rank{rank}.txt")
 
     def checkpoint_folders(self) -> list[Path]:
         """Where a resumable checkpoint may lie."""
@@ -85,6 +85,11 @@ class SweepLayout:
     @property
     def ledger(self) -> Path:
         return self.state / self.name / "ledger.db"
+
+    @property
+    def settings(self) -> Path:
+        """What `orchestrate set` asks of a running sweep."""
+        return self.state / self.name / "settings.json"
 
     @property
     def sweep_file(self) -> Path:

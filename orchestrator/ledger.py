@@ -154,12 +154,15 @@ class Ledger(LedgerFile):
         db.execute("UPDATE attempts SET first_step = ? WHERE trial_id = ? AND number = ?", (first, trial_id, attempt))
         db.execute("UPDATE trials SET last_step = ? WHERE trial_id = ?", (last, trial_id))
 
-    def lose_attempt(self, trial_id: str, number: int, reason: str, progressed: bool) -> bool:
-        """running → planned. `TrialRow.stalled` counts the losses in a row without progress. False: stale."""
+    def lose_attempt(self, trial_id: str, number: int, reason: str, progressed: bool | None) -> bool:
+        """running → planned. `TrialRow.stalled` counts the losses in a row without progress; None leaves it as it is,
+        where the loss is no fault of the trial. False: stale.
+        """
         with self._change() as db:
             if not self._is_current(trial_id, number):
                 return False
-            stalled = 0 if progressed else self.row(trial_id).stalled + 1
+            before = self.row(trial_id).stalled
+            stalled = before if progressed is None else 0 if progressed else before + 1
             db.execute("UPDATE trials SET state = 'planned', stalled = ? WHERE trial_id = ?", (stalled, trial_id))
             self._end_attempt(db, trial_id, number, "lost", reason)
         return True

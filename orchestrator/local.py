@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from orchestrator import retry
 from orchestrator.attempt import Job, process_name, run_attempt
+from orchestrator.control import Control
 from orchestrator.layout import TrialLayout
+from orchestrator.queue import Source
 
 Handler = Callable[[str, Mapping[str, Any]], None]
 
-
-def run(jobs: Sequence[Job], handle: Handler, should_stop: Callable[[], bool]) -> None:
-    """Run all jobs here and hand every event to `handle`; no new one begins once `should_stop` is true."""
-    for job in jobs:
-        history = retry.History()
-        while not should_stop() and _attempt(job, handle, history):
-            pass
+_PAUSE_SECONDS = 0.1  # between two looks at a source that has nothing now
 
 
-def _attempt(job: Job, handle: Handler, history: retry.History) -> bool:
+def run(source: Source, handle: Handler, control: Control, should_stop: Callable[[], bool]) -> None:
+    """Run all jobs of `source` here and hand every event to `handle`; no new one begins once `should_stop` is true."""
+    while not should_stop() and not source.is_over():
+        drawn = source.draw()
+        if drawn is None:
+            time.sleep(_PAUSE_SECONDS)
+            continue
+        job, _ = drawn
+        history = retry.History.of(job)
+        while not should_stop() and _attempt(job, handle, control, history):
+            job = history.next_job(job)
+        control.forget(job.trial_id)
+        source.over(job.trial_id)
+
+
+def _attempt(job: Job, handle: Handler, control: Control, history: retry.History) -> bool:
     """One attempt; whether another one should follow."""
+    while control.look(job.trial_id) is None and not retry.has_room(Path(job.folder)):
+        time.sleep(_PAUSE_SECONDS)
     number = TrialLayout(Path(job.folder)).begin_attempt(job.attempts)
     handle(job.trial_id, {"kind": "started", "attempt": number, "process": process_name()})
 
@@ -30,6 +44,7 @@ def _attempt(job: Job, handle: Handler, history: retry.History) -> bool:
         history.reached(step)
         handle(job.trial_id, {"kind": "report", "attempt": number, "step": step, "metrics": dict(metrics)})
 
-    event = retry.after(run_attempt(job, number, report), history, number)
+    outcome = run_attempt(job, number, report, lambda: control.look(job.trial_id))
+    event = retry.after(outcome, history, number, job)
     handle(job.trial_id, event)
     return bool(event["kind"] == "lost")

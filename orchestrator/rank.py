@@ -5,37 +5,78 @@ Imports neither Ray nor torch: a fresh process is ready sooner, and torch comes 
 
 from __future__ import annotations
 
+import os
 import queue
+import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from orchestrator.attempt import Job, run_attempt
+from orchestrator.attempt import Job, Place, free_address, run_attempt
 
 Event = dict[str, Any]
 
 
 class Rank:
-    """A warm process (a Ray actor) that runs attempts one after another."""
+    """A warm process (a Ray actor of two threads) that runs attempts one after another."""
 
-    def run(self, job: Mapping[str, Any], number: int) -> Iterator[list[Event]]:
-        """Events of one attempt as they come, in lists; the last event is `ended`."""
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._beat = 0.0  # when the attempt last made a step or a report
+
+    def process(self) -> tuple[str, int]:
+        """Host and process id; the answer says that the process is there."""
+        return socket.gethostname(), os.getpid()
+
+    def address(self, interface: str | None) -> tuple[str, int]:
+        """Where the other ranks of a trial find this one: an address of this node and a port that is free now."""
+        return free_address(interface)
+
+    def leave(self, reason: str) -> None:
+        """Tell the running attempt to leave; called from the actor's other thread."""
+        self._reason = reason
+
+    def run(
+        self, job: Mapping[str, Any], number: int, place: Mapping[str, Any], beat_seconds: float
+    ) -> Iterator[list[Event]]:
+        """Events of one attempt as they come, in lists; the last event is `ended`.
+
+        Where nothing came for `beat_seconds` but the attempt has made steps, the list has an `alive`.
+        """
+        self._reason, self._beat = None, time.monotonic()
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        thread = threading.Thread(target=_attempt, args=(Job(**job), number, events), name="attempt", daemon=True)
+        arguments = (Job(**job), number, Place(**place), events)
+        thread = threading.Thread(target=self._attempt, args=arguments, name="attempt", daemon=True)
         thread.start()
-        over = False
+        over, told = False, self._beat
         while not over:
-            batch = [events.get()]
-            while not events.empty():
-                batch.append(events.get())
+            batch = self._next(events, beat_seconds, told)
+            told = self._beat
             over = batch[-1]["kind"] == "ended"
             yield batch
         thread.join()
 
+    def _next(self, events: queue.SimpleQueue[Event], beat_seconds: float, told: float) -> list[Event]:
+        while True:
+            try:
+                batch = [events.get(timeout=beat_seconds)]
+            except queue.Empty:
+                if self._beat > told:
+                    return [{"kind": "alive"}]
+                continue
+            while not events.empty():
+                batch.append(events.get())
+            return batch
 
-def _attempt(job: Job, number: int, events: queue.SimpleQueue[Event]) -> None:
-    def report(step: int, metrics: Mapping[str, float]) -> None:
-        events.put({"kind": "report", "attempt": number, "step": step, "metrics": dict(metrics)})
+    def _attempt(self, job: Job, number: int, place: Place, events: queue.SimpleQueue[Event]) -> None:
+        def report(step: int, metrics: Mapping[str, float]) -> None:
+            self._beat = time.monotonic()
+            events.put({"kind": "report", "attempt": number, "step": step, "metrics": dict(metrics)})
 
-    outcome = run_attempt(job, number, report)  # never raises, so that `ended` always comes
-    events.put({"kind": "ended", "attempt": number, "outcome": outcome.to_json()})
+        def asked() -> str | None:
+            self._beat = time.monotonic()
+            return self._reason
+
+        outcome = run_attempt(job, number, report, asked, place)  # never raises, so that `ended` always comes
+        events.put({"kind": "ended", "attempt": number, "outcome": outcome.to_json()})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator import publish
-from orchestrator.attempt import Outcome
+from orchestrator.attempt import Outcome, is_disk_full
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State
+from orchestrator.retry import MAX_LOSSES_WITHOUT_PROGRESS
 
 log = logging.getLogger(__name__)
+
+_ROOM_SECONDS, _SAY_SECONDS = 1.0, 60.0  # between two tries while the disk is full, and between two words about it
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Recorder:
         ledger: Ledger,
         layout: SweepLayout,
         provenance: Mapping[str, Any],
-        gpus: Mapping[str, float],
+        gpus: Callable[[str], float],
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger = ledger
@@ -66,15 +71,30 @@ class Recorder:
         self.broken: set[str] = set()
 
     def handle(self, trial_id: str, event: Mapping[str, Any]) -> None:
-        """Record one event: started, report, lost, process_lost, process_gone or ended."""
+        """Record one event: started, report, lost, process_lost or ended. While the disk is full it waits."""
+        if event["kind"] == "started":
+            self.broken.discard(trial_id)  # a new attempt reports everything again
+        if event["kind"] == "ended" and trial_id in self.broken:
+            event = {"kind": "lost", "attempt": event["attempt"], "reason": "an event could not be recorded"}
         try:
-            if event["kind"] == "ended" and trial_id in self.broken:
-                event = {"kind": "lost", "attempt": event["attempt"], "reason": "an event could not be recorded"}
-            self._record(trial_id, event)
+            self._record_when_there_is_room(trial_id, event)
         except Exception:
             self.broken.add(trial_id)
             log.exception("an event of trial %s could not be recorded: %s", trial_id, event.get("kind"))
         self._changed()
+
+    def _record_when_there_is_room(self, trial_id: str, event: Mapping[str, Any]) -> None:
+        said = -math.inf
+        while True:
+            try:
+                return self._record(trial_id, event)
+            except (OSError, sqlite3.OperationalError) as error:
+                if not is_disk_full(error):
+                    raise
+                if time.monotonic() - said > _SAY_SECONDS:
+                    said = time.monotonic()
+                    log.warning("the disk of %s is full; the sweep waits for space", self._layout.root)
+                time.sleep(_ROOM_SECONDS)
 
     def _record(self, trial_id: str, event: Mapping[str, Any]) -> None:
         kind = event["kind"]
@@ -85,11 +105,9 @@ class Recorder:
             if trial_id in self.live:
                 self.live[trial_id].reached(event["step"])
         elif kind == "lost":
-            self._lost(trial_id, event["attempt"], event["reason"])
+            self._lost(trial_id, event["attempt"], event["reason"], charged=event.get("charged", True))
         elif kind == "process_lost":
-            self._lost(trial_id, self._ledger.row(trial_id).attempts, event["reason"])
-        elif kind == "process_gone":
-            self._gone(trial_id, str(event["reason"]))
+            self._process_lost(trial_id, str(event["reason"]))
         else:
             self._ended(trial_id, event["attempt"], Outcome(**event["outcome"]))
 
@@ -102,29 +120,33 @@ class Recorder:
         optim = row.config["optim"]
         self.live[trial_id] = Live(row.name, optim["steps"], optim["batch_size"], known=row.last_step or 0)
 
-    def _lost(self, trial_id: str, attempt: int, reason: str) -> None:
+    def _lost(self, trial_id: str, attempt: int, reason: str, *, charged: bool = True) -> None:
         live = self.live.pop(trial_id, None)
         progressed = live is not None and live.first_step is not None
-        self._ledger.lose_attempt(trial_id, attempt, reason[-2000:], progressed)
+        self._ledger.lose_attempt(trial_id, attempt, reason[-2000:], progressed if charged else None)
 
-    def _gone(self, trial_id: str, reason: str) -> None:
-        """The trial's own process died too often, or never came to begin an attempt."""
+    def _process_lost(self, trial_id: str, reason: str) -> None:
+        """The trial's own process is gone; it fails where it got no further for the second time."""
         row = self._ledger.row(trial_id)
-        if row.state == "planned":
+        if row.state == "planned":  # it never came to begin an attempt
             number = self._layout.trial(trial_id).begin_attempt(row.attempts)
             self._ledger.start_attempt(trial_id, number, os.uname().nodename, os.getpid())
             row = self._ledger.row(trial_id)
-        error = {
-            "type": "ProcessLost",
-            "message": "the trial's process was lost too often",
-            "traceback": reason[-4000:],
-        }
+        if row.state != "running":  # what it had to say was heard before it went
+            return
+        live = self.live.get(trial_id)
+        progressed = live is not None and live.first_step is not None
+        if progressed or row.stalled + 1 < MAX_LOSSES_WITHOUT_PROGRESS:
+            self._lost(trial_id, row.attempts, reason)
+            return
+        message = "the trial's process was lost twice without getting further"
+        error = {"type": "ProcessLost", "message": message, "traceback": reason[-4000:]}
         self._ended(trial_id, row.attempts, Outcome("failed", error=error))
 
     def _ended(self, trial_id: str, attempt: int, outcome: Outcome) -> None:
         if outcome.status == "interrupted":
             if attempt:  # 0: it had not begun
-                self._lost(trial_id, attempt, "interrupted")
+                self._lost(trial_id, attempt, "interrupted", charged=False)
             return
         self.live.pop(trial_id, None)
         trial = self._layout.trial(trial_id)
@@ -134,7 +156,7 @@ class Recorder:
             return
         publish.records(trial, attempt)
         before = self._ledger.seconds_before(trial_id, attempt)
-        result = publish.result(row, attempt, outcome, self._provenance, self._gpus.get(trial_id, 0.0), before)
+        result = publish.result(row, attempt, outcome, self._provenance, self._gpus(trial_id), before)
         if self._ledger.finish(trial_id, attempt, cast(State, outcome.status), result, outcome.error):
             publish.trial(self._ledger, trial, trial_id)
 

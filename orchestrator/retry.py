@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from orchestrator.attempt import Outcome
+from orchestrator.attempt import TRAIN, Job, Outcome
 
 MAX_ERRORS = 3  # transient errors of one trial
 MAX_LOSSES_WITHOUT_PROGRESS = 2
+_ROOM_BYTES, _ROOM_SHARE = 64 * 2**20, 0.02  # the smaller of both must be free before anything goes on
 
 
 @dataclass
@@ -18,8 +21,14 @@ class History:
 
     best_step: int = 0
     errors: int = 0
+    save_memory: bool = False
     _before: int = field(default=0, repr=False)
     _idle: int = field(default=0, repr=False)
+
+    @classmethod
+    def of(cls, job: Job) -> History:
+        """What the ledger knows of the attempts before this job."""
+        return cls(best_step=job.last_step, _before=job.last_step, _idle=job.stalled)
 
     def reached(self, step: int) -> None:
         """The current attempt reported `step`."""
@@ -36,9 +45,32 @@ class History:
         self.errors += 1
         return self.errors <= MAX_ERRORS
 
+    def next_job(self, job: Job) -> Job:
+        """The job of the next attempt."""
+        return replace(job, save_memory=job.save_memory or self.save_memory)
 
-def after(outcome: Outcome, history: History, number: int) -> Mapping[str, Any]:
-    """The event with which attempt `number` ends: `lost` where the same settings may do better, else `ended`."""
-    if outcome.status == "failed" and outcome.retryable and history.may_retry_error():
-        return {"kind": "lost", "attempt": number, "reason": str((outcome.error or {}).get("message"))}
+
+def after(outcome: Outcome, history: History, number: int, job: Job) -> Mapping[str, Any]:
+    """The event with which attempt `number` ends: `lost` where another attempt may do better, else `ended`.
+
+    A loss that is no fault of the trial is not `charged`.
+    """
+    if outcome.status == "failed":
+        message = str((outcome.error or {}).get("message"))
+        if outcome.disk_full:
+            return {"kind": "lost", "attempt": number, "reason": f"the disk is full: {message}", "charged": False}
+        if outcome.out_of_memory and job.train == TRAIN and not (job.save_memory or history.save_memory):
+            history.save_memory = True
+            reason = f"{message}; tried again with activation checkpointing, which computes the same"
+            return {"kind": "lost", "attempt": number, "reason": reason, "charged": False}
+        if outcome.retryable and history.may_retry_error():
+            return {"kind": "lost", "attempt": number, "reason": message}
     return {"kind": "ended", "attempt": number, "outcome": outcome.to_json()}
+
+
+def has_room(folder: Path) -> bool:
+    """Whether the disk of `folder` has space to go on: 64 MiB, or 2 % of a small one."""
+    while not folder.exists():
+        folder = folder.parent
+    usage = shutil.disk_usage(folder)
+    return usage.free >= min(_ROOM_BYTES, _ROOM_SHARE * usage.total)

@@ -7,17 +7,17 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.attempt import Job
+from orchestrator.control import Control
+from orchestrator.queue import Source
+from orchestrator.run_request import Request
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[str, Mapping[str, Any]], None]  # trial id, event
-MAX_PROCESS_FAILURES = 5  # of the thin trial's own process; ranks are replaced inside it
 
 # Read by Ray when it is imported or a Tuner is built.
 _ENVIRONMENT = {
@@ -31,14 +31,6 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one trial asks of the cluster."""
-
-    cpus: float
-    gpus: float
 
 
 @contextlib.contextmanager
@@ -83,65 +75,52 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
 
 
-def clip(request: Request, nodes: Sequence[Mapping[str, float]]) -> Request:
-    """`request` cut to the largest node: of a request for GPUs the one with most GPUs, else with most CPUs."""
-
-    def size(node: Mapping[str, float]) -> tuple[float, float]:
-        return (node.get("GPU", 0.0) if request.gpus else 0.0, node.get("CPU", 0.0))
-
-    largest = max(nodes, key=size, default={"CPU": 1.0})
-    return Request(
-        cpus=min(request.cpus, max(largest.get("CPU", 1.0), 0.1)), gpus=min(request.gpus, largest.get("GPU", 0.0))
-    )
-
-
 def nodes(ray: Any) -> list[Mapping[str, float]]:
     """Resources of every living node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def run(
-    ray: Any,
-    jobs: Sequence[Job],
-    requests: Mapping[str, Request],
-    handle: Handler,
-    should_stop: Callable[[], bool],
-    max_concurrent: int | None = None,
-) -> None:
-    """Run all jobs through Ray Tune and hand every event of theirs to `handle`, in the driver.
+def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop: Callable[[], bool]) -> None:
+    """Run all jobs of `source` through Ray Tune and hand every event of theirs to `handle`, in the driver.
 
     Args:
-        requests: resources by trial id, already clipped to the cluster.
+        source: asked for the next job whenever the cluster may have room for one.
         handle: called with (trial id, event); it must not raise, since Tune would end the sweep.
-        should_stop: asked at every result; once true no further trial starts.
+        control: what trials are told.
+        should_stop: asked all the time; once true everything ends.
     """
     from ray import tune
 
-    from orchestrator.trial import HEAD_CPUS, ThinTrial
-    from orchestrator.tune_callback import DriverStops, Events
+    from orchestrator.mailbox import Mailbox
+    from orchestrator.trial import ThinTrial
+    from orchestrator.tune_callback import Draws, DriverStops, Events
 
-    def resources(config: Mapping[str, Any]) -> Any:
-        request = requests[config["trial"]]
-        rank = {"CPU": max(request.cpus - HEAD_CPUS, HEAD_CPUS), "GPU": request.gpus}
-        return tune.PlacementGroupFactory([{"CPU": HEAD_CPUS}, {name: n for name, n in rank.items() if n > 0}])
-
-    table = {job.trial_id: job for job in jobs}
-    trainable = tune.with_resources(tune.with_parameters(ThinTrial, jobs=table), resources)
+    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    control.listen(lambda trial_id, reason: mailbox.ask.remote(trial_id, reason))
+    draws = Draws(source, mailbox, should_stop)
+    trainable = tune.with_resources(tune.with_parameters(ThinTrial, mailbox=mailbox), _resources)
     scratch = Path(tempfile.mkdtemp(prefix="orchestrate-tune-"))
     try:
         tune.Tuner(
             trainable,
-            param_space={"trial": tune.grid_search(list(table))},
-            tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=max_concurrent),
+            tune_config=tune.TuneConfig(reuse_actors=True, search_alg=draws, num_samples=-1),
             run_config=tune.RunConfig(
                 name="sweep",
                 storage_path=str(scratch),
-                callbacks=[Events(handle)],
+                callbacks=[Events(handle, draws.over)],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=MAX_PROCESS_FAILURES),
+                failure_config=tune.FailureConfig(max_failures=0),  # the queue gives out again what is lost
                 stop=DriverStops(should_stop),
                 verbose=0,
             ),
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        ray.kill(mailbox)
+
+
+def _resources(config: Mapping[str, Any]) -> Any:
+    """The placement group of a trial, whose request travels in Tune's configuration of it."""
+    from ray import tune
+
+    return tune.PlacementGroupFactory(Request(**config["request"]).bundles())

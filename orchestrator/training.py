@@ -24,6 +24,8 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
     config = TrialConfig.model_validate(job.config)
     config = config.model_copy(update={"execution": _execution(config, job, layout)})
     torch.set_num_threads(config.execution.threads or job.threads)
+    if 0 < job.gpus < 1 and torch.cuda.is_available():  # Ray's fractions are not enforced
+        torch.cuda.set_per_process_memory_fraction(job.gpus)
     result = train(
         config,
         report,
@@ -46,8 +48,10 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
 def _execution(config: TrialConfig, job: Job, layout: TrialLayout) -> ExecutionConfig:
     """How the trial is executed, with what only its place decides: its device, and where other trials lie."""
     placed: dict[str, Any] = {}
-    if job.cpu_only and config.execution.device == "auto":
+    if job.gpus == 0 and config.execution.device == "auto":
         placed["device"] = "cpu"
+    if job.save_memory:
+        placed["activation_checkpointing"] = True
     init, weights = config.model.init_from, config.model.weights
     of_trial = (init is not None and init.trial is not None) or (
         weights is not None and released.source(weights).trial is not None

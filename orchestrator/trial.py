@@ -1,35 +1,36 @@
-"""The thin Tune trial: it holds a trial's place, hands on what its rank yields, and replaces ranks that are lost."""
+"""The thin Tune trial: it holds a trial's place, hands on what its ranks yield, and replaces ranks that are lost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from orchestrator import retry
 from orchestrator.attempt import Job, Outcome, process_name
+from orchestrator.control import INTERRUPTED
 from orchestrator.layout import TrialLayout
-from orchestrator.rank import Event, Rank
+from orchestrator.ranks import Ended, Hung, Lost, Ranks
 
-HEAD_CPUS = 0.01  # what the thin trial itself takes of the trial's CPUs
+LOOK_SECONDS = 0.5  # between two looks at what the trial is told
+
+Event = dict[str, Any]
 
 
 class ThinTrial(tune.Trainable):
-    """Holds a trial's place in the cluster, keeps its rank process, and hands on what that yields.
+    """Holds a trial's place in the cluster, keeps its rank processes, and hands on what the first of them yields.
 
-    Each `step` returns the events since the last one. A rank that dies is replaced here, without Tune noticing, as
-    long as attempts get further.
+    Each `step` returns the events since the last one. Ranks that die or hang are replaced here, without Tune noticing,
+    as long as attempts get further.
     """
 
-    def setup(self, config: dict[str, Any], jobs: Mapping[str, Job]) -> None:  # type: ignore[override] # tune.with_parameters
-        self._jobs = jobs
-        self._rank: Any = None
+    def setup(self, config: dict[str, Any], mailbox: Any) -> None:  # type: ignore[override] # tune.with_parameters
+        self._mailbox = mailbox
+        self._ranks: Ranks | None = None
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -37,72 +38,87 @@ class ThinTrial(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._job = self._jobs[config["trial"]]
-        self._history = retry.History()
-        self._stream: Any = None
+        self._job = Job(**ray.get(self._mailbox.job.remote(config["trial"])))
+        self._history = retry.History.of(self._job)
+        self._running = False
         self._number = 0
+        self._looked = 0.0
 
     def step(self) -> dict[str, Any]:
-        events: list[Event] = []
-        if self._stream is None:
-            events.append(self._start_attempt())
-        else:
-            events.extend(self._next_events())
+        events = self._next_events() if self._running else self._start_attempt()
         over = bool(events) and events[-1]["kind"] == "ended"
         return {"trial": self._job.trial_id, "events": events, "done": over}
 
-    def _start_attempt(self) -> Event:
-        if Path(self._job.stop_file).exists():  # the driver is leaving: do not even begin
-            return {"kind": "ended", "attempt": 0, "outcome": Outcome("interrupted").to_json()}
-        self._number = TrialLayout(Path(self._job.folder)).begin_attempt(self._job.attempts)
-        if self._rank is None:
-            self._rank = self._new_rank()
-        run = self._rank.run.options(num_returns="streaming")
-        self._stream = run.remote(asdict(self._job), self._number)
-        return {"kind": "started", "attempt": self._number, "process": process_name()}
+    def _start_attempt(self) -> list[Event]:
+        folder = Path(self._job.folder)
+        while (reason := self._told()) is None and not retry.has_room(folder):
+            time.sleep(LOOK_SECONDS)
+        if reason is not None:  # do not even begin
+            return [{"kind": "ended", "attempt": 0, "outcome": Outcome(INTERRUPTED).to_json()}]
+        self._number = TrialLayout(folder).begin_attempt(self._job.attempts)
+        if self._ranks is None:
+            self._ranks = Ranks(self._job.ranks)
+        self._ranks.start(self._job, self._number)
+        self._running = True
+        return [{"kind": "started", "attempt": self._number, "process": process_name()}]
 
     def _next_events(self) -> list[Event]:
-        try:
-            events: list[Event] = ray.get(next(self._stream))
-        except StopIteration as error:
-            return self._lost(f"the rank ended without a result: {error}")
-        except ray.exceptions.RayError as error:  # whatever took the rank: itself, its node, memory, the network
-            return self._lost(str(error))
+        """Wait for the first rank's next events, or for what becomes of the attempt."""
+        assert self._ranks is not None, "an attempt is running"
+        while True:
+            if (reason := self._told()) is not None:
+                self._ranks.leave(reason)
+            found = self._ranks.next_events(LOOK_SECONDS)
+            if isinstance(found, Lost | Hung):
+                return self._lost(found.reason, hung=isinstance(found, Hung))
+            if isinstance(found, Ended):
+                return self._ended(found)
+            if found:
+                self._reached(found)
+                return found
+
+    def _reached(self, events: Sequence[Event]) -> None:
         self._history.reached(max((event["step"] for event in events if event["kind"] == "report"), default=0))
-        if events[-1]["kind"] == "ended":
-            self._stream = None
-            outcome = Outcome(**events[-1]["outcome"])
-            if outcome.poisoned:
-                self._end_rank()
-            events[-1] = dict(retry.after(outcome, self._history, self._number))
-        return events
 
-    def _lost(self, reason: str) -> list[Event]:
-        """The rank process is gone: replace it and try again, unless two attempts got no further."""
-        number, self._stream = self._number, None
-        self._end_rank()
+    def _told(self) -> str | None:
+        """Why the trial should leave, asked at most twice a second; None where nobody answers any more."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS and self._running:
+            return None
+        self._looked = now
+        try:
+            reason: str | None = ray.get(self._mailbox.look.remote(self._job.trial_id), timeout=5.0)
+        except (ray.exceptions.RayError, TimeoutError):  # the driver is gone or cut off, which is its affair
+            return None
+        return reason
+
+    def _ended(self, found: Ended) -> list[Event]:
+        self._running = False
+        self._reached(found.events)
+        if found.outcome.poisoned or not found.whole:
+            self._end_ranks()
+        last = retry.after(found.outcome, self._history, self._number, self._job)
+        self._job = self._history.next_job(self._job)
+        return [*found.events, dict(last)]
+
+    def _lost(self, reason: str, *, hung: bool) -> list[Event]:
+        """A rank process is gone: replace them all and try again, unless two attempts got no further."""
+        self._running = False
+        self._end_ranks(hung=hung)
         if self._history.may_retry_loss():
-            return [{"kind": "lost", "attempt": number, "reason": reason}]
-        message = "the training process was lost twice without getting further"
-        error = {"type": "ProcessLost", "message": message, "traceback": reason[-4000:]}
-        return [{"kind": "ended", "attempt": number, "outcome": Outcome("failed", error=error).to_json()}]
+            return [{"kind": "lost", "attempt": self._number, "reason": reason}]
+        what = "made no progress and was ended" if hung else "was lost"
+        error = {
+            "type": "Hung" if hung else "ProcessLost",
+            "message": f"the training process {what}, twice without getting further",
+            "traceback": reason[-4000:],
+        }
+        return [{"kind": "ended", "attempt": self._number, "outcome": Outcome("failed", error=error).to_json()}]
 
-    def _new_rank(self) -> Any:
-        group: PlacementGroup | None = ray.util.get_current_placement_group()
-        assert group is not None, "a trial runs inside its placement group"
-        bundle = group.bundle_specs[1]
-        place = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=1)
-        return (
-            ray.remote(Rank)
-            .options(num_cpus=bundle.get("CPU", 0), num_gpus=bundle.get("GPU", 0), scheduling_strategy=place)
-            .remote()
-        )
-
-    def _end_rank(self) -> None:
-        """End the rank process, which may be alive although its node or the network was taken for lost."""
-        if self._rank is not None:
-            ray.kill(self._rank)
-            self._rank = None
+    def _end_ranks(self, *, hung: bool = False) -> None:
+        if self._ranks is not None:
+            self._ranks.end(hung=hung)
+            self._ranks = None
 
     def cleanup(self) -> None:
-        self._end_rank()
+        self._end_ranks()

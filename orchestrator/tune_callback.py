@@ -1,22 +1,72 @@
-"""What Ray Tune calls in the driver: events inside results are handed on, and the experiment ends when told to.
+"""What Ray Tune calls in the driver: which trial comes next, events inside results, and whether all is to end.
 
-Tune pickles its callbacks and stoppers so as to restore an experiment, which is never done here, the ledger being the
-truth: what these hold stays in the driver, and their copies hold nothing.
+Tune pickles its callbacks, searchers and stoppers so as to restore an experiment, which is never done here, the ledger
+being the truth: what these hold stays in the driver, and their copies hold nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ray.tune import Callback, Stopper
+from ray.tune.search import Searcher
+
+from orchestrator.queue import Source
+
+
+class Draws(Searcher):
+    """Gives Tune the jobs of a source one by one: its "suggestions" are the trials of the sweep."""
+
+    def __init__(
+        self, source: Source | None = None, mailbox: Any = None, should_stop: Callable[[], bool] = lambda: True
+    ) -> None:
+        super().__init__(metric=None, mode=None)
+        self._source, self._mailbox, self._should_stop = source, mailbox, should_stop
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Draws, ()
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial's id and request; None for none now, FINISHED for none any more."""
+        if self._source is None or self._should_stop():
+            return Searcher.FINISHED
+        drawn = self._source.draw()
+        if drawn is None:
+            return Searcher.FINISHED if self._source.is_over() else None
+        job, request = drawn
+        self._mailbox.put.remote(job.trial_id, asdict(job))
+        return {"trial": job.trial_id, "request": asdict(request)}
+
+    def over(self, trial_id: str) -> None:
+        """Tune has ended the trial."""
+        if self._source is not None:
+            self._mailbox.forget.remote(trial_id)
+            self._source.over(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: `Events` knows our own id of the trial."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the truth."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is the truth."""
+
+
+def _nothing(*_: Any) -> None: ...
 
 
 class Events(Callback):
     """Forwards (trial id, event) to a handler that never raises: an exception here would end the whole sweep."""
 
-    def __init__(self, handle: Callable[[str, Mapping[str, Any]], None] = lambda _trial_id, _event: None) -> None:
-        self._handle = handle
+    def __init__(
+        self,
+        handle: Callable[[str, Mapping[str, Any]], None] = _nothing,
+        over: Callable[[str], None] = _nothing,
+    ) -> None:
+        self._handle, self._over = handle, over
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Events, ()
@@ -26,14 +76,15 @@ class Events(Callback):
         for event in result.get("events", ()):
             self._handle(result["trial"], event)
 
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """The thin trial's own process died; Tune begins it again."""
-        self._handle(trial.config["trial"], {"kind": "process_lost", "reason": "the trial's process ended"})
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """The trial has said its last."""
+        self._over(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """The thin trial's own process died too often."""
+        """The thin trial's own process is gone, with its node perhaps."""
         reason = str(trial.get_error() or "the trial's process ended")
-        self._handle(trial.config["trial"], {"kind": "process_gone", "reason": reason})
+        self._handle(trial.config["trial"], {"kind": "process_lost", "reason": reason[-4000:]})
+        self._over(trial.config["trial"])
 
 
 class DriverStops(Stopper):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,19 @@ import pytest
 
 from orchestrator import local, publish, recorder
 from orchestrator.attempt import Job, Outcome, Report, failure, run_attempt
+from orchestrator.control import Control
+from orchestrator.dispatch import Dispatch
 from orchestrator.driver import failures
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
 from orchestrator.progress import describe, seconds_left
+from orchestrator.queue import Queue
 from orchestrator.recorder import Live, Recorder
 from orchestrator.retry import History
-from orchestrator.run import Request, clip
+from orchestrator.run_request import Request, clip
 from orchestrator.spec import read_sweep
+from orchestrator.watch import Watch
 from tests.orchestrator.sweeps import Small
 
 PROVENANCE = {"git_commit": "abc", "versions": {"torch": "0"}}
@@ -52,14 +57,20 @@ def disk_is_gone(job: Job, layout: TrialLayout, number: int, report: Report, sho
 
 
 def waits_to_be_stopped(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
-    layout.stop_request.touch()
-    answer = should_stop()
-    assert answer is not None
+    layout.stop_request.touch()  # as `orchestrate stop` does
+    deadline = time.monotonic() + 10
+    while (answer := should_stop()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     return Outcome(answer, steps=1)
 
 
-def leaves(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+def asks_all_to_leave(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
+    ASKED_BY_TRIALS[layout.root.parents[2]].ask(None, "interrupted")
     return Outcome(should_stop() or "finished")
+
+
+ASKED_BY_TRIALS: dict[Path, Control] = {}  # by storage, so that a trial can play the driver that is told to leave
 
 
 def exits(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Stop) -> Outcome:
@@ -96,7 +107,8 @@ class Driver:
         self.ledger = Ledger.open(self.layout.ledger)
         self.ledger.plan([self.trial])
         self.folder = self.layout.trial(self.trial.trial_id)
-        self.recorder = Recorder(self.ledger, self.layout, PROVENANCE, {self.trial.trial_id: 0.5})
+        self.recorder = Recorder(self.ledger, self.layout, PROVENANCE, lambda _trial_id: 0.5)
+        self.control = ASKED_BY_TRIALS.setdefault(folder / "runs", Control())
 
     def job(self, function: str) -> Job:
         return Job(
@@ -105,13 +117,20 @@ class Driver:
             config=self.trial.config.model_dump(mode="json"),
             folder=str(self.folder.root),
             cache=str(self.layout.cache),
-            stop_file=str(self.folder.root.parent / ".stop"),
             threads=1,
+            attempts=self.row.attempts,
+            last_step=self.row.last_step or 0,
+            stalled=self.row.stalled,
             train=f"{__name__}:{function}",
         )
 
     def run(self, function: str) -> None:
-        local.run([self.job(function)], self.recorder.handle, lambda: False)
+        queue = Queue()
+        queue.add([self.trial])
+        dispatch = Dispatch(self.ledger, queue, [], lambda _trial: None, lambda: self.control.look("") is not None)
+        dispatch.make_job = lambda _trial: (self.job(function), Request(1, 0))
+        with Watch(self.layout, queue, self.control, lambda: False, lambda: None, print):
+            local.run(dispatch, self.recorder.handle, self.control, lambda: False)
 
     @property
     def row(self) -> Any:
@@ -165,10 +184,7 @@ def test_a_stopped_trial_is_over(driver: Driver) -> None:
 
 
 def test_a_driver_that_leaves_makes_a_trial_resumable(driver: Driver) -> None:
-    job = driver.job("leaves")
-    Path(job.stop_file).parent.mkdir(parents=True, exist_ok=True)
-    Path(job.stop_file).touch()
-    driver.run("leaves")
+    driver.run("asks_all_to_leave")
     assert (driver.row.state, driver.row.attempts) == ("planned", 1)
     assert not driver.folder.result.exists()
 
@@ -220,7 +236,9 @@ def test_attempts_are_never_the_same_number(tmp_path: Path) -> None:
 def test_an_attempt_outside_a_driver_returns_what_happened(driver: Driver) -> None:
     number = driver.folder.begin_attempt()
     seen: list[tuple[int, Mapping[str, float]]] = []
-    outcome = run_attempt(driver.job("finishes"), number, lambda step, metrics: seen.append((step, metrics)))
+    outcome = run_attempt(
+        driver.job("finishes"), number, lambda step, metrics: seen.append((step, metrics)), lambda: None
+    )
     assert outcome.status == "finished"
     assert [step for step, _ in seen] == [1, 2]
     assert outcome.seconds > 0
@@ -287,7 +305,7 @@ def test_a_trial_that_exits_is_a_failure_and_not_the_end_of_the_process(driver: 
 
 def test_a_lost_device_is_retried_in_another_process(driver: Driver) -> None:
     number = driver.folder.begin_attempt()
-    outcome = run_attempt(driver.job("loses_its_device"), number, lambda step, metrics: None)
+    outcome = run_attempt(driver.job("loses_its_device"), number, lambda step, metrics: None, lambda: None)
     assert (outcome.status, outcome.retryable, outcome.poisoned) == ("failed", True, True)
 
 
@@ -309,8 +327,10 @@ def test_an_attempt_with_a_hole_is_not_accepted(driver: Driver, caplog: pytest.L
 
 
 def test_a_process_that_never_came_is_a_failure_with_its_reason(driver: Driver) -> None:
-    driver.recorder.handle(driver.trial.trial_id, {"kind": "process_gone", "reason": "No module named 'orchestrator'"})
-    assert driver.row.state == "failed"
+    for state in ("planned", "failed"):
+        gone = {"kind": "process_lost", "reason": "No module named 'orchestrator'"}
+        driver.recorder.handle(driver.trial.trial_id, gone)
+        assert driver.row.state == state
     assert "No module named" in driver.row.error["traceback"]
 
 
@@ -325,8 +345,7 @@ def test_a_trial_whose_folder_is_gone_can_be_run_again(driver: Driver) -> None:
     driver.run("finishes")
     shutil.rmtree(driver.folder.root)
     driver.ledger.reset(driver.trial.trial_id)
-    job = replace(driver.job("finishes"), attempts=driver.row.attempts)
-    local.run([job], driver.recorder.handle, lambda: False)
+    driver.run("finishes")
     assert (driver.row.state, driver.row.attempts) == ("finished", 2)
 
 

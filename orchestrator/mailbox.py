@@ -1,0 +1,41 @@
+"""Between the driver and its thin trials: jobs go out, reasons to leave follow; an actor that ends with its driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.control import Control
+
+
+class Mailbox:
+    """Jobs of trials in flight, as plain values, and what their trials are told; thin trials ask it.
+
+    Files would not do: the trials of a cluster may share no folder with the driver.
+    """
+
+    def __init__(self) -> None:
+        self._control = Control()
+        self._jobs: dict[str, Mapping[str, Any]] = {}
+
+    def put(self, trial_id: str, job: Mapping[str, Any]) -> None:
+        """The trial is about to begin; what an earlier beginning of it was told no longer holds."""
+        self._control.forget(trial_id)
+        self._jobs[trial_id] = job
+
+    def job(self, trial_id: str) -> Mapping[str, Any]:
+        """The job that was put for the trial."""
+        return self._jobs[trial_id]
+
+    def ask(self, trial_id: str | None, reason: str) -> None:
+        """As `Control.ask`."""
+        self._control.ask(trial_id, reason)
+
+    def look(self, trial_id: str) -> str | None:
+        """As `Control.look`."""
+        return self._control.look(trial_id)
+
+    def forget(self, trial_id: str) -> None:
+        """The trial is over."""
+        self._control.forget(trial_id)
+        self._jobs.pop(trial_id, None)
