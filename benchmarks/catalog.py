@@ -13,5 +13,6 @@ BENCHMARKS = {
     "logistic_regression": "benchmarks.logistic_regression:measure",  # all C of a protocol, against scikit-learn
     "linear_heads": "benchmarks.linear_heads:measure",  # 52 heads at once, against one
     "fast_probes": "benchmarks.fast_probes:measure",  # all probes of a trial, against a minute
+    "scale": "benchmarks.scale:measure",  # thousands of trials, against bare Ray Tune
     "trial_turnaround": "benchmarks.trial_turnaround:measure",  # no-op trials, against fresh processes
 }

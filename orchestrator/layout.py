@@ -87,6 +87,11 @@ class SweepLayout:
         return self.state / self.name / "ledger.db"
 
     @property
+    def lock(self) -> Path:
+        """Held by whoever runs the sweep, or mends its ledger."""
+        return self.ledger.with_suffix(".lock")
+
+    @property
     def settings(self) -> Path:
         """What `orchestrate set` asks of a running sweep."""
         return self.state / self.name / "settings.json"

@@ -40,8 +40,7 @@ def cluster(address: str | None = None) -> Iterator[Any]:
     Raises:
         ValueError: nothing answers at `address`.
     """
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     if address is not None and _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # connecting, unlike starting, does not look for one
     import ray
@@ -60,6 +59,12 @@ def cluster(address: str | None = None) -> Iterator[Any]:
     finally:
         if not was_connected:
             ray.shutdown()
+
+
+def prepare_environment() -> None:
+    """Settings that Ray reads when it is imported; the user's own stay."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _has_token() -> bool:
@@ -96,24 +101,24 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
     from orchestrator.tune_callback import Draws, DriverStops, Events
 
     mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
-    control.listen(lambda trial_id, reason: mailbox.ask.remote(trial_id, reason))
     draws = Draws(source, mailbox, should_stop)
     trainable = tune.with_resources(tune.with_parameters(ThinTrial, mailbox=mailbox), _resources)
     scratch = Path(tempfile.mkdtemp(prefix="orchestrate-tune-"))
     try:
-        tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(reuse_actors=True, search_alg=draws, num_samples=-1),
-            run_config=tune.RunConfig(
-                name="sweep",
-                storage_path=str(scratch),
-                callbacks=[Events(handle, draws.over)],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                failure_config=tune.FailureConfig(max_failures=0),  # the queue gives out again what is lost
-                stop=DriverStops(should_stop),
-                verbose=0,
-            ),
-        ).fit()
+        with control.heard_by(lambda trial_id, reason: mailbox.ask.remote(trial_id, reason)):
+            tune.Tuner(
+                trainable,
+                tune_config=tune.TuneConfig(reuse_actors=True, search_alg=draws, num_samples=-1),
+                run_config=tune.RunConfig(
+                    name="sweep",
+                    storage_path=str(scratch),
+                    callbacks=[Events(handle, draws.over)],
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                    failure_config=tune.FailureConfig(max_failures=0),  # the queue gives out again what is lost
+                    stop=DriverStops(should_stop),
+                    verbose=0,
+                ),
+            ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         ray.kill(mailbox)

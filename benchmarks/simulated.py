@@ -1,0 +1,178 @@
+"""A Ray cluster of simulated nodes on this machine, with fake GPUs, and sweeps of many small trials on it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator import publish, run, spec
+from orchestrator.attempt import Job
+from orchestrator.control import Control
+from orchestrator.dispatch import Dispatch
+from orchestrator.layout import SweepLayout
+from orchestrator.ledger import Ledger
+from orchestrator.plan import PlannedTrial, build_plan
+from orchestrator.queue import Queue
+from orchestrator.recorder import Recorder
+from orchestrator.run_request import Request
+from orchestrator.tracking import Sink, default_tracking_uri
+
+Handler = Callable[[str, Mapping[str, Any]], None]
+
+
+@contextmanager
+def cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
+    """The `ray` module, connected to a head without resources and `nodes` nodes of so many CPUs and (fake) GPUs."""
+    run.prepare_environment()
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # of nodes and driver alike: else actors are cancelled without a word
+    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # nodes do not know where we come from
+    import ray
+    from ray.cluster_utils import Cluster
+
+    simulated = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for _ in range(nodes):
+            simulated.add_node(num_cpus=cpus, num_gpus=gpus)
+        with run.cluster(simulated.address) as connected:
+            yield connected
+    finally:
+        ray.shutdown()
+        simulated.shutdown()
+
+
+def plan(folder: Path, name: str, trials: int) -> tuple[PlannedTrial, ...]:
+    """A sweep of one cell and so many seeds."""
+    content = {
+        "name": name,
+        "question": "What does a sweep cost?",
+        "trial": {"preset": "short", "model": {"size": "nano"}},
+        "axes": {"model.num_registers": [4]},
+        "seeds": list(range(trials)),
+    }
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return build_plan(spec.read_sweep(file)).trials
+
+
+def job(planned: PlannedTrial, layout: SweepLayout, train: str) -> Job:
+    """The job of a trial that `train` (module:function) runs."""
+    return Job(
+        trial_id=planned.trial_id,
+        name=planned.name,
+        config=planned.config.model_dump(mode="json"),
+        folder=str(layout.trial(planned.trial_id).root),
+        cache=str(layout.cache),
+        threads=1,
+        train=train,
+    )
+
+
+def sweep(
+    ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], train: str, request: Request, seen: Handler
+) -> None:
+    """All trials through Ray Tune, ledger, published files and MLflow sink, as the driver runs them.
+
+    `seen` is told every event once it is recorded.
+
+    Raises:
+        RuntimeError: a trial did not finish, or MLflow lacks something after a minute.
+    """
+    layout = SweepLayout(folder / "runs", folder / "runs", name)
+    layout.ledger.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger.open(layout.ledger))
+        ledger.plan(planned)
+        sink = Sink(ledger, default_tracking_uri(layout.state), name, name, state=layout.state)
+        sink.start()
+        stack.callback(sink.close, 1.0)
+        recorder = Recorder(ledger, layout, publish.provenance(), lambda _trial_id: request.gpus, sink.notify)
+
+        def handle(trial_id: str, event: Mapping[str, Any]) -> None:
+            recorder.handle(trial_id, event)
+            seen(trial_id, event)
+
+        queue = Queue()
+        queue.add(planned)
+        dispatch = Dispatch(ledger, queue, [], lambda _trial: None, lambda: False)
+        dispatch.make_job = lambda trial: (job(trial, layout, train), request)
+        run.run(ray, dispatch, handle, Control(), lambda: False)
+        counts = ledger.counts()
+        if counts["finished"] != len(planned):
+            error = next((row.error for row in ledger.rows() if row.error is not None), None)
+            raise RuntimeError(f"not all trials finished: {counts}; {error}")
+        if lacking := sink.flush(60.0):
+            raise RuntimeError(f"MLflow lacks {lacking} records a minute after the last trial")
+
+
+def bare(ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], train: str, request: Request) -> float:
+    """The same thin trials in bare Ray Tune: its own grid, reused actors, loggers off, nobody listening.
+
+    Returns:
+        Seconds from the first trial's beginning to the last one's end.
+    """
+    from dataclasses import asdict
+
+    from ray import tune
+
+    from orchestrator.mailbox import Mailbox
+    from orchestrator.trial import ThinTrial
+
+    layout = SweepLayout(folder / "bare", folder / "bare", name)
+    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    for trial in planned:
+        mailbox.put.remote(trial.trial_id, asdict(job(trial, layout, train)))
+    clock = _Clock()
+    bundles = request.bundles()
+    tune.Tuner(
+        tune.with_resources(
+            tune.with_parameters(ThinTrial, mailbox=mailbox), lambda _config: tune.PlacementGroupFactory(bundles)
+        ),
+        param_space={"trial": tune.grid_search([trial.trial_id for trial in planned])},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(folder / "tune"),
+            callbacks=[clock.callback()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            verbose=0,
+        ),
+    ).fit()
+    ray.kill(mailbox)
+    return clock.seconds
+
+
+class _Clock:
+    """From the first event of an experiment to its last trial's end."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.last = 0.0
+
+    @property
+    def seconds(self) -> float:
+        assert self.first is not None, "a trial began"
+        return self.last - self.first
+
+    def callback(self) -> Any:
+        """A Tune callback; its pickled copies do nothing."""
+        from ray import tune
+
+        clock = self
+
+        class Times(tune.Callback):
+            def __reduce__(self) -> tuple[Any, ...]:
+                return tune.Callback, ()
+
+            def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
+                clock.first = clock.first or time.perf_counter()
+
+            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+                clock.last = time.perf_counter()
+
+        return Times()
