@@ -59,6 +59,8 @@ class SweepPlan:
     baseline: Mapping[str, Any] | None
     primary: tuple[str, ...]
     trials: tuple[PlannedTrial, ...]
+    first_seeds: tuple[int, ...] | None = None  # where cells got more seeds by the variance of these
+    scheduler: str | None = None  # that stopped trials early
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ def read_plan(folder: Path) -> SweepPlan:
             baseline=None if raw.get("baseline") is None else dict(raw["baseline"]),
             primary=tuple(str(name) for name in raw.get("primary") or ()),
             trials=trials,
+            first_seeds=_first_seeds(raw),
+            scheduler=None if raw.get("scheduler") is None else str(raw["scheduler"]["name"]),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a readable plan: {_short(error)}") from error
@@ -146,6 +150,11 @@ def read_plan(folder: Path) -> SweepPlan:
         if not _SAFE_ID.fullmatch(trial.trial_id):
             raise ValueError(f"{path}: {trial.trial_id!r} is not a trial's id")
     return plan
+
+
+def _first_seeds(raw: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The seeds that every cell has, where a plan says that some got more by the variance of those."""
+    return None if raw.get("more_seeds") is None else tuple(int(seed) for seed in raw["seeds"])
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Compact tables of what was measured of tokens: a row a cell, a column a metric; pure."""
+"""Compact tables with a row a cell: what was measured of tokens, a column a metric, and what cells cost; pure."""
 
 from __future__ import annotations
 
@@ -58,6 +58,31 @@ def measured_tables(rows: Rows, everything: Sequence[Cell], varying: Sequence[st
     tables = [_plain(title, [n for n in names if n.startswith(begins)], by_cell, varying) for title, begins in _GROUPS]
     tables += [_done(*group, names, by_cell, varying) for group in _DONE]
     return [table for table in tables if table.rows and table.columns]
+
+
+def cost_table(everything: Sequence[Cell], runs: Rows, varying: Sequence[str]) -> MeasuredTable:
+    """What the accepted results of each cell cost; a trial that recorded nothing counts as nothing, and is counted.
+
+    Args:
+        everything: the cells in their order.
+        runs: of the table `runs`.
+        varying: the axes in which cells differ.
+    """
+    by_id = {run["trial_id"]: run for run in runs}
+    lines = []
+    for cell in everything:
+        own = [by_id[trial.trial_id] for trial in cell.trials]
+        seconds = [run["seconds"] for run in own if run["seconds"] is not None]
+        gpu_seconds = [run["gpu_seconds"] for run in own if run["gpu_seconds"] is not None]
+        texts = (f"{len(seconds)} of {len(own)}", _hours(seconds), _hours(gpu_seconds))
+        lines.append((_places(cell, varying), texts))
+    names = axis_labels(everything[0].values) if everything else {}
+    columns = (("trials with a recorded cost", "trials"), ("trial hours", "seconds"), ("GPU hours", "gpu_seconds"))
+    return MeasuredTable("By cell", tuple(names[axis] for axis in varying), columns, tuple(lines), 0)
+
+
+def _hours(seconds: Sequence[float]) -> str:
+    return f"{sum(seconds) / 3600:.3g}" if seconds else NONE
 
 
 Cells = Sequence[tuple[Cell, Mapping[str, Mapping[str, Any]]]]

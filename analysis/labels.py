@@ -227,7 +227,9 @@ def cell_text(values: Mapping[str, Any], axes: Iterable[str], names: Mapping[str
 
 
 FLAGS = {
+    "adaptive": "more seeds than the first ones were run, as many as the variance of those asked for",
     "baseline": "this is the baseline that others are compared with",
+    "censored": "a scheduler stopped trials early by their scores, so those in the mean are no fair sample",
     "chosen_on_val": "the best linear head was chosen on the validation images, where scores are therefore optimistic",
     "diverged": "trials diverged (NaN or infinite loss) and are not in the mean",
     "failed": "trials failed and are not in the mean",

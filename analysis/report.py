@@ -18,7 +18,7 @@ from analysis.cells import Cell, cells
 from analysis.collect import Frames
 from analysis.discovery import is_curve
 from analysis.figures.style import Drawn
-from analysis.group_tables import measured_tables
+from analysis.group_tables import cost_table, measured_tables
 from analysis.labels import NONE, Unit, axis_labels, cell_text, flag_text, metric_label, unit, value_text
 from analysis.schemas import RUNS, STATUSES, canonical
 from analysis.tables import Scores
@@ -86,6 +86,7 @@ def render(
         common=common,
         differing=differing,
         cost=_cost(runs),
+        cost_of_cells=cost_table(everything, runs, varying),
         provenance=_provenance(runs),
         mlflow=frames.mlflow,
         reference=_reference(rows, everything, runs),

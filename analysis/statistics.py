@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -20,8 +20,10 @@ Name = TypeVar("Name", bound=Hashable)
 CONFIDENCE = 0.95
 PAIRED_T = "paired_t"
 POOLED_DUNNETT = "pooled_dunnett"
+STEIN = "stein two-stage t"
 ONE_SEED = "none: one seed"
 NO_PAIR = "none: no pair"
+NO_FIRST_VARIANCE = "none: the first seeds show no variance"
 
 # Differences whose spread is below this share of the values are equal but for rounding.
 _ROUNDING = 1e-12
@@ -68,6 +70,38 @@ def paired_t(cell: Mapping[int, float], baseline: Mapping[int, float], confidenc
     The interval is `mean ± t(n - 1) · s / √n` (Student 1908); it makes no assumption about other cells' variances.
     """
     seeds = sorted(cell.keys() & baseline.keys())
+    return _paired(cell, baseline, seeds, seeds, PAIRED_T, confidence)
+
+
+def stein_t(
+    cell: Mapping[int, float], baseline: Mapping[int, float], first: Sequence[int], confidence: float = CONFIDENCE
+) -> Difference:
+    """`paired_t` where the number of seeds was chosen by the variance of the `first` ones: Stein's two stages.
+
+    The interval is `mean of all n ± t(n₀ - 1) · s₀ / √n` with the n₀ pairs of the first block and their deviation s₀
+    (Stein 1945, Annals of Mathematical Statistics 16). The block's residuals chose n and say nothing of any mean, so
+    that it covers for every metric, whichever one decided, and for cells that got no more seeds as well.
+    """
+    seeds = sorted(cell.keys() & baseline.keys())
+    block = [seed for seed in seeds if seed in first]
+    whole = _paired(cell, baseline, seeds, seeds, STEIN, confidence)
+    if len(seeds) < 2:
+        return whole
+    found = whole if len(block) < 2 else _paired(cell, baseline, seeds, block, STEIN, confidence)
+    if len(block) < 2 or (found.no_variance and not whole.no_variance):
+        return replace(whole, low=None, high=None, p_value=None, method=NO_FIRST_VARIANCE, no_variance=False)
+    return found
+
+
+def _paired(
+    cell: Mapping[int, float],
+    baseline: Mapping[int, float],
+    seeds: Sequence[int],
+    block: Sequence[int],
+    method: str,
+    confidence: float,
+) -> Difference:
+    """The mean difference over `seeds` with the variance and the degrees of freedom of those in `block`."""
     n = len(seeds)
     if n == 0:
         return Difference(0, None, None, None, None, NO_PAIR, None)
@@ -76,12 +110,13 @@ def paired_t(cell: Mapping[int, float], baseline: Mapping[int, float], confidenc
     reference, delta = float(theirs.mean()), float(differences.mean())
     if n == 1:
         return Difference(1, reference, delta, None, None, ONE_SEED, None)
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
+    of_block = differences[[seeds.index(seed) for seed in block]]
+    error = float(of_block.std(ddof=1)) / math.sqrt(n)
     if error <= _ROUNDING * max(1e-300, float(np.abs(theirs).max()), float(np.abs(differences).max())):
-        return Difference(n, reference, delta, delta, delta, PAIRED_T, None, no_variance=True)
-    reach = float(stdtrit(n - 1, (1 + confidence) / 2)) * error
-    p_value = 2 * float(stdtr(n - 1, -abs(delta) / error))
-    return Difference(n, reference, delta, delta - reach, delta + reach, PAIRED_T, p_value)
+        return Difference(n, reference, delta, delta, delta, method, None, no_variance=True)
+    reach = float(stdtrit(len(block) - 1, (1 + confidence) / 2)) * error
+    p_value = 2 * float(stdtr(len(block) - 1, -abs(delta) / error))
+    return Difference(n, reference, delta, delta - reach, delta + reach, method, p_value)
 
 
 def pooled_dunnett(

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from analysis import discovery, statistics, thresholds
 from analysis.cells import Cell, baseline_of, cells, is_baseline
-from analysis.collect import Frames
+from analysis.collect import Frames, SweepPlan
 from analysis.schemas import ABLATION, STATUSES, setting_column
 
 NO_BASELINE = "none: no baseline"
@@ -92,12 +92,17 @@ def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores
     metrics = sorted(scores.keys() | set(frames.plan.primary))
     states = _states(frames)
     baselines = {cell.key: baseline_of(cell, everything, frames.plan.baseline) for cell in everything}
-    cell_flags = {cell.key: _cell_flags(cell, baselines[cell.key], states) for cell in everything}
+    cell_flags = {
+        cell.key: _cell_flags(cell, baselines[cell.key], states)
+        | _adaptive(cell, frames.plan.first_seeds)
+        | _censored(cell, frames.plan.scheduler, states)
+        for cell in everything
+    }
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for metric in metrics:
         by_trial = scores.get(metric, {})
         values = {cell.key: _by_seed(cell, by_trial) for cell in everything}
-        differences = _differences(everything, baselines, values, frames.plan.baseline, interval)
+        differences = _differences(everything, baselines, values, frames.plan, interval)
         for cell in everything:
             row = _row(cell, metric, values[cell.key], differences[cell.key], states)
             row["primary"] = metric in frames.plan.primary
@@ -127,10 +132,14 @@ def _differences(
     everything: Sequence[Cell],
     baselines: Mapping[str, Cell | None],
     values: Mapping[str, Mapping[int, float]],
-    declared: Mapping[str, Any] | None,
+    plan: SweepPlan,
     interval: str,
 ) -> dict[str, statistics.Difference]:
-    """The difference of every cell to its baseline cell, by cell key; nulls with a reason where there is none."""
+    """The difference of every cell to its baseline cell, by cell key; nulls with a reason where there is none.
+
+    Where cells got more seeds by the variance of the first ones, the interval is Stein's whatever `interval` says.
+    """
+    declared, first = plan.baseline, plan.first_seeds
     found: dict[str, statistics.Difference] = {}
     groups: dict[str, dict[str, Mapping[int, float]]] = {}
     for cell in everything:
@@ -139,9 +148,10 @@ def _differences(
             reason = IS_BASELINE if is_baseline(cell, declared) else NO_BASELINE
             found[cell.key] = statistics.Difference(0, None, None, None, None, reason, None)
         else:
-            found[cell.key] = statistics.paired_t(values[cell.key], values[baseline.key])
+            both = values[cell.key], values[baseline.key]
+            found[cell.key] = statistics.paired_t(*both) if first is None else statistics.stein_t(*both, first)
             groups.setdefault(baseline.key, {baseline.key: values[baseline.key]})[cell.key] = values[cell.key]
-    if interval == statistics.POOLED_DUNNETT:
+    if interval == statistics.POOLED_DUNNETT and first is None:
         for baseline_key, group in groups.items():
             whole = {key: by_seed for key, by_seed in group.items() if by_seed.keys() == values[baseline_key].keys()}
             try:
@@ -225,6 +235,19 @@ def _cell_flags(cell: Cell, baseline: Cell | None, states: Mapping[str, Mapping[
             other_data = name == "data" and any(axis.startswith("data.") for axis in _changed(cell, baseline))
             flags |= set() if other_data else {f"baseline_other_{name}"}
     return flags
+
+
+def _adaptive(cell: Cell, first_seeds: Sequence[int] | None) -> set[str]:
+    """`adaptive`: the cell got more seeds than the first ones, whose variance decided how many."""
+    return {"adaptive"} if first_seeds is not None and any(t.seed not in first_seeds for t in cell.trials) else set()
+
+
+def _censored(cell: Cell, scheduler: str | None, states: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """`censored`: a scheduler stopped some of the cell's trials by their scores, so those that finished are no sample
+    of all.
+    """
+    pruned = any(states[trial.trial_id]["status"] == "pruned" for trial in cell.trials)
+    return {"censored"} if scheduler is not None and pruned else set()
 
 
 def _finished(cell: Cell, column: str, states: Mapping[str, Mapping[str, Any]]) -> set[Any]:

@@ -30,7 +30,7 @@ Handler = Callable[[str, Mapping[str, Any]], None]
 def cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
     """The `ray` module, connected to a head without resources and `nodes` nodes of so many CPUs and (fake) GPUs."""
     run.prepare_environment()
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # of nodes and driver alike: else actors are cancelled without a word
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # of nodes and driver alike, else actors are cancelled silently
     os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])  # nodes do not know where we come from
     import ray
     from ray.cluster_utils import Cluster

@@ -102,12 +102,34 @@ def plan(
     storage: Storage = RUNS,
     state: State = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    diff: Annotated[bool, typer.Option("--diff", help="Only what is new, changed or no longer planned.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="List new trials, and what changed since the last run.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a few dry steps of each shape here, and keep their time and memory.")
+    ] = False,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at a time. [default: as many as this machine holds]")
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=0.1, metavar="GB", help="Of one GPU. [default: of the one that was measured]")
+    ] = None,
 ) -> None:
-    """Show the trials of a sweep, what exists already, and what it will cost; starts nothing."""
-    from orchestrator import inspect
+    """Show the trials of a sweep, what exists already, what it takes and can show; starts nothing but dry steps."""
+    from orchestrator import show_plan
 
-    inspect.plan(file, tuple(set_ or ()), name, storage, state or storage, as_json=json_, only_difference=diff)
+    show_plan.plan(
+        show_plan.Asked(
+            file=file,
+            storage=storage,
+            state=state or storage,
+            overrides=tuple(set_ or ()),
+            name=name,
+            as_json=json_,
+            difference=diff,
+            measure=measure,
+            max_concurrent=max_concurrent,
+            gpu_memory=gpu_memory,
+        )
+    )
 
 
 @app.command()
@@ -151,6 +173,19 @@ def stop(
     from orchestrator import inspect
 
     inspect.stop(trial, storage, state or storage)
+
+
+@app.command("set")
+def set_(
+    sweep: Annotated[str, typer.Argument(help="A running sweep's name.")],
+    max_concurrent: Annotated[int, typer.Option(min=0, help="Most trials at a time; 0 starts no more for now.")],
+    storage: Storage = RUNS,
+    state: State = None,
+) -> None:
+    """Change how many trials of a running sweep run at a time."""
+    from orchestrator import concurrency
+
+    concurrency.set_concurrency(sweep, max_concurrent, storage, state or storage)
 
 
 @app.command()
@@ -211,6 +246,42 @@ def evaluate(
         quiet=quiet,
     )
     raise typer.Exit(command.evaluate(model, asked))
+
+
+@app.command()
+def submit(
+    file: SweepFile,
+    storage: Annotated[
+        str,
+        typer.Option(
+            envvar="ORCHESTRATE_STORAGE", help="Folder that all machines of the cluster share, or s3://BUCKET/PREFIX."
+        ),
+    ],
+    set_: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="Write to this name instead of the file's.")] = None,
+    address: Annotated[
+        str, typer.Option(metavar="URL", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's job server.")
+    ] = "http://127.0.0.1:8265",
+    state: Annotated[str, typer.Option(help="Local folder on the machine that runs the job.")] = "/tmp/orchestrate",
+    tracking_uri: TrackingUri = None,
+    env: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A variable to hand over; no secrets.")] = None,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job's log.")] = False,
+) -> None:
+    """Run a sweep as a job on a Ray cluster, from the working tree here, and follow its log."""
+    from orchestrator import submit as command
+
+    asked = command.Submission(
+        file=file,
+        storage=storage,
+        address=address,
+        state=state,
+        tracking_uri=tracking_uri,
+        overrides=tuple(set_ or ()),
+        name=name,
+        environment=tuple(env or ()),
+        wait=not no_wait,
+    )
+    raise typer.Exit(command.submit(asked, lambda line: typer.echo(line, err=True)))
 
 
 @app.command()

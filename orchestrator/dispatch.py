@@ -30,10 +30,13 @@ class Dispatch:
         growths: Sequence[Growth],
         settle: Callable[[PlannedTrial], None],
         leaving: Callable[[], bool],
+        may_begin: Callable[[str], bool] = lambda _trial_id: True,
     ) -> None:
-        """`settle` takes over a new trial that is finished elsewhere; once `leaving`, no trial runs again."""
+        """`settle` takes over a new trial that is finished elsewhere; once `leaving`, no trial runs again; the budget
+        says which trials `may_begin`.
+        """
         self._ledger, self._queue, self._growths = ledger, queue, growths
-        self._settle, self._leaving = settle, leaving
+        self._settle, self._leaving, self._may_begin = settle, leaving, may_begin
         self.make_job: MakeJob | None = None
         self.grown: dict[str, PlannedTrial] = {}
 
@@ -53,7 +56,7 @@ class Dispatch:
     def draw(self) -> tuple[Job, Request] | None:
         """As `Source.draw`."""
         assert self.make_job is not None, "the executor is known"
-        trial = None if self._leaving() else self._queue.draw()
+        trial = None if self._leaving() else self._queue.draw(self._may_begin)
         return None if trial is None else self.make_job(trial)
 
     def over(self, trial_id: str) -> None:
@@ -65,4 +68,4 @@ class Dispatch:
 
     def is_over(self) -> bool:
         """As `Source.is_over`."""
-        return self._leaving() or self._queue.is_empty()
+        return self._leaving() or self._queue.is_empty(self._may_begin)

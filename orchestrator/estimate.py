@@ -1,7 +1,8 @@
-"""What a plan costs before anything runs: FLOPs, hours, memory and disk, from formulas and assumed speeds; pure."""
+"""What a plan costs before anything runs: FLOPs, hours, memory and disk, by formulas and assumed speeds; pure."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ ASSUMED_GPU_FLOPS = 1.5e14
 ASSUMED_CPU_FLOPS = 6.0e10  # of a core
 ASSUMED_TRIAL_SECONDS = 2.0  # fixed share of a trial: set-up, writing, small models' overhead
 
+FORMULA = "formulas"  # the basis of a price that nothing measured stands behind
+
 _TRAINING_STEP = 3  # forward, and backward at twice its cost
 _GLOBAL_CROPS = 2  # of DINO and DINOv2; the teacher sees no other
 _VOCABULARY = 49_408  # tokens of open_clip's own tokeniser
@@ -32,7 +35,10 @@ _INPUT_BYTES = 2  # of these the block's input, which is all that activation che
 
 @dataclass(frozen=True)
 class Cost:
-    """Estimate of a list of trials; hours are of devices, not of the wall clock."""
+    """Estimate of a list of trials; hours are of devices, not of the wall clock.
+
+    Programs of others are left out, since nothing is known of what they do.
+    """
 
     trials: int
     flops: float
@@ -42,10 +48,14 @@ class Cost:
     memory_bytes: int  # of the largest trial: weights, gradients, optimiser, activations
     parameters: int  # of the largest backbone
     assumed: str
+    not_known: int = 0  # trials that are programs
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers, as plan.json holds them."""
-        return asdict(self)
+        """Plain numbers, as plan.json holds them; null where all trials are programs, so that nothing is known."""
+        known = asdict(self)
+        if self.not_known < self.trials or not self.trials:
+            return known
+        return {name: known[name] if name in ("trials", "not_known", "assumed") else None for name in known}
 
 
 class _Head(NamedTuple):
@@ -208,7 +218,6 @@ def memory_bytes(config: TrialConfig) -> int:
         )
     optim = config.optim
     micro = optim.micro_batch_size if isinstance(optim.micro_batch_size, int) else optim.batch_size
-    state = (2 + _optimizer_copies(config)) * _trained(config) + _copies(config)
     size, text = MODEL_SIZES[config.model.size], config.openclip
     activations = _activation_bytes(config, _tokens(config) * micro * _kept(config), size.width, size.depth)
     if text is not None:
@@ -216,7 +225,14 @@ def memory_bytes(config: TrialConfig) -> int:
         activations += 4 * 2 * micro * optim.batch_size
     for head in _heads(config):  # the student's logits and their gradient, and the teacher's
         activations += 4 * micro * head.settings.prototypes * (2 * head.student + head.teacher)
-    return 4 * state + round(activations)
+    return state_bytes(config) + round(activations)
+
+
+def state_bytes(config: TrialConfig) -> int:
+    """The part of `memory_bytes` that every rank holds whole: weights, gradients, optimiser state, copies."""
+    if not _trains(config):
+        return 4 * _parameters(config)
+    return 4 * ((2 + _optimizer_copies(config)) * _trained(config) + _copies(config))
 
 
 def _activation_bytes(config: TrialConfig, tokens: float, width: int, depth: int) -> float:
@@ -272,25 +288,65 @@ def _tokens(config: TrialConfig) -> int:
     return sum(count * (patches + 1 + config.model.num_registers) for patches, count in _crops(config))
 
 
-def estimate(trials: Sequence[PlannedTrial]) -> Cost:
-    """The cost of `trials`; those that ask for a GPU are priced on one, the others on CPU cores."""
-    flops = [trial_flops(trial.config) for trial in trials]
-    on_gpu = [f for f, trial in zip(flops, trials, strict=True) if trial.resources.gpus > 0]
-    on_cpu = [f for f, trial in zip(flops, trials, strict=True) if trial.resources.gpus == 0]
+class Price(NamedTuple):
+    """What one trial takes: seconds of the clock, seconds times its GPUs or CPU cores, and where that is known from."""
+
+    seconds: float
+    device_seconds: float
+    basis: str
+
+
+def by_formula(trial: PlannedTrial) -> Price | None:
+    """The price at the assumed speeds, where several GPUs or cores, and shares of a GPU, are as fast as they are many.
+
+    None for a program, of which nothing is known.
+    """
+    if trial.config.command is not None:
+        return None
+    gpus = num_gpus(trial)
+    speed, share = (ASSUMED_GPU_FLOPS, gpus) if gpus else (ASSUMED_CPU_FLOPS, trial.resources.cpus)
+    device_seconds = trial_flops(trial.config) / speed + ASSUMED_TRIAL_SECONDS
+    return Price(device_seconds / share, device_seconds, FORMULA)
+
+
+def num_gpus(trial: PlannedTrial) -> float:
+    """GPUs of a trial; one where the share is not settled yet."""
+    return 1.0 if trial.resources.gpus == "auto" else trial.resources.gpus
+
+
+def estimate(trials: Sequence[PlannedTrial], prices: Sequence[Price | None] | None = None) -> Cost:
+    """The cost of `trials`; those that ask for a GPU are priced on one, the others on CPU cores.
+
+    `prices` are of each of them, None where nothing is known; without, all are by formula.
+    """
+    prices = [by_formula(trial) for trial in trials] if prices is None else prices
+    known = [(trial, price) for trial, price in zip(trials, prices, strict=True) if price is not None]
+    configs = [trial.config for trial, _ in known]
     return Cost(
         trials=len(trials),
-        flops=sum(flops),
-        gpu_hours=_hours(on_gpu, ASSUMED_GPU_FLOPS),
-        cpu_core_hours=_hours(on_cpu, ASSUMED_CPU_FLOPS),
-        checkpoint_bytes=sum(checkpoint_bytes(trial.config) for trial in trials),
-        memory_bytes=max((memory_bytes(trial.config) for trial in trials), default=0),
-        parameters=max((_parameters(trial.config) for trial in trials), default=0),
+        flops=sum(map(trial_flops, configs)),
+        gpu_hours=sum(price.device_seconds for trial, price in known if num_gpus(trial) > 0) / 3600,
+        cpu_core_hours=sum(price.device_seconds for trial, price in known if num_gpus(trial) == 0) / 3600,
+        checkpoint_bytes=sum(map(checkpoint_bytes, configs)),
+        memory_bytes=max(map(memory_bytes, configs), default=0),
+        parameters=max(map(_parameters, configs), default=0),
         assumed=f"{ASSUMED_GPU_FLOPS / 1e12:.0f} TFLOP/s on a GPU, {ASSUMED_CPU_FLOPS / 1e9:.0f} GFLOP/s on a CPU core",
+        not_known=len(trials) - len(known),
     )
 
 
-def _hours(flops: Sequence[float], speed: float) -> float:
-    return (sum(flops) / speed + len(flops) * ASSUMED_TRIAL_SECONDS) / 3600
+def wall_seconds(prices: Sequence[Price], at_a_time: int) -> float:
+    """The clock's time for all trials in their order, `at_a_time` of them running: each begins where one ends first.
+
+    Raises:
+        ValueError: `at_a_time` is below 1.
+    """
+    if at_a_time < 1:
+        raise ValueError(f"at_a_time is {at_a_time}; allowed: a whole number from 1")
+    ends = [0.0] * min(at_a_time, max(1, len(prices)))
+    for price in prices:
+        heapq.heapreplace(ends, ends[0] + price.seconds)
+    return max(ends)
 
 
 def _patches(config: TrialConfig) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import driver, inspect, overrides, spec, yaml_file
+from orchestrator import driver, inspect, overrides, spec, sweep_run, yaml_file
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import TrialRow
 from orchestrator.plan import build_plan
@@ -50,7 +50,7 @@ def evaluate(model: str, options: driver.Options) -> int:
     """
     asked = _sweep(model, options)
     code = driver.run_sweep(asked, options)
-    if code == driver.DONE and not options.quiet:
+    if code == sweep_run.DONE and not options.quiet:
         _print_metrics(SweepLayout(options.storage.resolve(), options.state.resolve(), asked.name).tables)
     return code
 

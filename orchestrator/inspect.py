@@ -1,61 +1,12 @@
-"""The commands that look at sweeps without running them: plan, status, logs, stop, report."""
+"""The commands that look at sweeps without running them: status, logs, stop, report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from orchestrator import estimate, spec, starting_points
-from orchestrator import plan as plans
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, LedgerError, TrialRow
-
-
-def plan(
-    file: Path,
-    overrides: Sequence[str],
-    name: str | None,
-    storage: Path,
-    state: Path,
-    *,
-    as_json: bool,
-    only_difference: bool,
-) -> None:
-    """Print the trials of a sweep file, which of them exist, and estimates."""
-    asked = spec.read_sweep(file, overrides, name)
-    planned = plans.build_plan(asked)
-    cost = estimate.estimate(planned.trials)
-    layout = SweepLayout(storage.resolve(), state.resolve(), asked.name)
-    rows = _rows(layout)
-    difference = plans.diff(planned, {row.trial_id: row.state for row in rows})
-    if as_json:
-        states = {row.trial_id: row.state for row in rows}
-        listed = planned.to_json(cost.to_json())
-        for entry in listed["trials"]:
-            entry["state"] = states.get(entry["trial_id"], "planned")
-        print(json.dumps(listed, indent=1))
-        return
-    print(f"{asked.name}: {asked.question}")
-    print(f"{len(planned.trials)} trials in {len(planned.cells)} cells, seeds {list(asked.seeds)}")
-    parts = {"new": difference.new, "not finished": difference.unfinished, "over": difference.over}
-    for title, trials in parts.items():
-        print(f"{title}: {len(trials)}")
-        for trial in trials if only_difference and title != "over" else ():
-            print(f"  {trial.trial_id} {trial.name}")
-    print(f"no longer planned: {len(difference.removed)}")
-    print(_costs(cost))
-    print(plans.detectable(len(asked.seeds)))
-    absent = starting_points.absent(planned.trials, layout.storage)
-    for note in (*planned.notes, *absent, *filter(None, [spec.unsupported(asked)])):
-        print(f"note: {note}")
-
-
-def _costs(cost: estimate.Cost) -> str:
-    hours = f"{cost.gpu_hours:,.2f} GPU-hours and {cost.cpu_core_hours:,.2f} CPU-core-hours"
-    disk, memory = cost.checkpoint_bytes / 1e9, cost.memory_bytes / 1e9
-    size = f"{disk:,.2f} GB of checkpoints, {memory:,.2f} GB of memory for the largest trial"
-    return f"estimate: {hours}, {size}\nassumed: {cost.assumed}"
 
 
 def status(sweep: str | None, storage: Path, state: Path, *, failures: bool) -> None:

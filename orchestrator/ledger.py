@@ -17,6 +17,8 @@ from orchestrator.ledger_schema import (
     Delivery,
     PlannedTrial,
     Point,
+    Role,
+    Spending,
     State,
     TrialRow,
     trial_row,
@@ -72,6 +74,11 @@ class Ledger(LedgerFile):
         found = self._read(f"SELECT {ROW_COLUMNS} FROM trials {where} ORDER BY in_plan DESC, position, trial_id")
         return [trial_row(row) for row in found]
 
+    def newest_finished(self, limit: int) -> list[TrialRow]:
+        """The `limit` trials that finished last, the newest first, whether they are still planned or not."""
+        sql = f"SELECT {ROW_COLUMNS} FROM trials WHERE state = 'finished' ORDER BY ended_ms DESC LIMIT ?"
+        return [trial_row(row) for row in self._read(sql, (limit,))]
+
     def row(self, trial_id: str) -> TrialRow:
         """One trial.
 
@@ -91,8 +98,11 @@ class Ledger(LedgerFile):
 
     # Attempts
 
-    def start_attempt(self, trial_id: str, number: int, host: str, pid: int) -> None:
+    def start_attempt(self, trial_id: str, number: int, host: str, pid: int, gpus: float | None = None) -> None:
         """planned → running. Numbers rise, also over --rerun: the number is what late writers are known by.
+
+        `gpus` are those of all ranks together, 0 where the trial has none; None where nothing is computed, as when a
+        trial is adopted: such attempts count in no budget.
 
         Raises:
             IllegalMove: the trial is not planned, or `number` is not above that of every earlier attempt.
@@ -104,8 +114,8 @@ class Ledger(LedgerFile):
             if number <= row.attempts:
                 raise IllegalMove(f"{trial_id}: attempt {number} cannot follow attempt {row.attempts}")
             db.execute(
-                "INSERT INTO attempts (trial_id, number, host, pid, started_ms) VALUES (?,?,?,?,?)",
-                (trial_id, number, host, pid, now),
+                "INSERT INTO attempts (trial_id, number, host, pid, started_ms, gpus) VALUES (?,?,?,?,?,?)",
+                (trial_id, number, host, pid, now, gpus),
             )
             db.execute(
                 """UPDATE trials SET state = 'running', attempts = ?, started_ms = coalesce(started_ms, ?),
@@ -203,12 +213,19 @@ class Ledger(LedgerFile):
             )
 
     def release_running(self) -> list[str]:
-        """Put what a dead driver left running back to planned, uncharged; the ids. Call it before any attempt."""
+        """Put what a dead driver left running back to planned, uncharged; the ids. Call it before any attempt.
+
+        Such an attempt ends with its last report: how long it went on after that nobody has seen, and the time until
+        this call was nobody's work.
+        """
+        last = "SELECT max(time_ms) FROM metrics WHERE trial_id = ? AND attempt = ?"
+        begun = "SELECT started_ms FROM attempts WHERE trial_id = ? AND number = ?"
         with self._change() as db:
             left = [(row.trial_id, row.attempts) for row in self.rows(in_plan_only=False) if row.state == "running"]
-            for trial_id, number in left:
-                db.execute("UPDATE trials SET state = 'planned' WHERE trial_id = ?", (trial_id,))
-                self._end_attempt(db, trial_id, number, "lost", "the driver ended")
+            for key in left:
+                ended = max(self._read(begun, key)[0][0], self._read(last, key)[0][0] or 0)
+                db.execute("UPDATE trials SET state = 'planned' WHERE trial_id = ?", key[:1])
+                self._end_attempt(db, *key, "lost", "the driver ended", ended)
         return [trial_id for trial_id, _ in left]
 
     def _is_current(self, trial_id: str, attempt: int) -> bool:
@@ -218,9 +235,15 @@ class Ledger(LedgerFile):
         return tuple(found[0]) == ("running", attempt)
 
     def _end_attempt(
-        self, db: sqlite3.Connection, trial_id: str, number: int, outcome: str, reason: str | None
+        self,
+        db: sqlite3.Connection,
+        trial_id: str,
+        number: int,
+        outcome: str,
+        reason: str | None,
+        ended_ms: int | None = None,
     ) -> None:
-        now = self._clock()
+        now = self._clock() if ended_ms is None else ended_ms
         db.execute(
             "UPDATE attempts SET ended_ms = ?, outcome = ?, reason = ? WHERE trial_id = ? AND number = ?",
             (now, outcome, reason, trial_id, number),
@@ -232,6 +255,23 @@ class Ledger(LedgerFile):
         sql = """SELECT coalesce(sum(a.ended_ms - a.started_ms), 0) / 1000.0 FROM attempts a JOIN trials t
             USING (trial_id) WHERE a.trial_id = ? AND a.number < ? AND a.number > t.attempts_before"""
         return max(0.0, float(self._read(sql, (trial_id, number))[0][0]))
+
+    def spending(self) -> Spending:
+        """What all attempts have used so far, those of trials that are no longer planned or were dropped included."""
+        seconds = "SELECT coalesce(sum(max(ended_ms - started_ms, 0) * gpus), 0) / 1000.0 FROM attempts"
+        running = "SELECT trial_id, number, gpus FROM attempts WHERE ended_ms IS NULL AND gpus IS NOT NULL"
+        trials = "SELECT count(DISTINCT trial_id) FROM attempts WHERE gpus IS NOT NULL"
+        live = tuple((row[0], row[1], row[2]) for row in self._read(running))
+        return Spending(float(self._read(seconds)[0][0]), live, int(self._read(trials)[0][0]))
+
+    def begun(self) -> set[str]:
+        """Ids of all trials of which an attempt was ever begun here."""
+        return {row[0] for row in self._read("SELECT DISTINCT trial_id FROM attempts WHERE gpus IS NOT NULL")}
+
+    def states(self, role: Role) -> dict[str, State]:
+        """The states of the plan's trials of a role by id, in the order of the plan; quicker than `rows`."""
+        sql = "SELECT trial_id, state FROM trials WHERE in_plan AND role = ? ORDER BY position"
+        return {row[0]: row[1] for row in self._read(sql, (role,))}
 
     # What searches asked and were told
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Role = Literal["cell", "search"]  # whether a trial is a row of the table, or one by which a search chooses
 
@@ -60,7 +60,10 @@ _SINCE_2: tuple[str, ...] = (
         study TEXT NOT NULL, position INTEGER NOT NULL, event TEXT NOT NULL,  -- what a search asked and was told
         PRIMARY KEY (study, position)) WITHOUT ROWID""",
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (SCHEMA, _SINCE_2)  # what brings a ledger from version n to n + 1
+_SINCE_3: tuple[str, ...] = (
+    "ALTER TABLE attempts ADD COLUMN gpus REAL",  # of all ranks; null where nothing ran, as when a trial is adopted
+)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (SCHEMA, _SINCE_2, _SINCE_3)  # what brings a ledger from version n to n + 1
 
 
 class Config(Protocol):
@@ -125,6 +128,14 @@ class Delivery(NamedTuple):
     pending: int
     wanted: str
     delivered: str | None
+
+
+class Spending(NamedTuple):
+    """What all attempts of a sweep have used, over all of its runs: those that are over, and those that run."""
+
+    gpu_seconds: float  # of attempts that are over
+    running: tuple[tuple[str, int, float], ...]  # trial, number of the attempt, GPUs
+    trials: int  # that were begun
 
 
 class Point(NamedTuple):

@@ -44,20 +44,27 @@ class PlannedTrial:
 
 @dataclass(frozen=True)
 class Plan:
-    """All trials of a sweep in the order of its file, and its cells; `notes` says what a user should know."""
+    """All trials of a sweep in the order of its file, and its cells; `notes` says what a user should know.
+
+    With a search there are no trials yet: they follow from it while the sweep runs. `settings` has what holds in each
+    cell by dotted name.
+    """
 
     sweep: Sweep
     trials: tuple[PlannedTrial, ...]
     cells: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    settings: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self, cost: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The content of plan.json: this plan only, every value as JSON has it."""
         sweep = self.sweep.model_dump(mode="json")
         trials = [{"trial_id": t.trial_id, "name": t.name, "cell": _plain(t.cell), "seed": t.seed} for t in self.trials]
+        more_seeds = {} if self.sweep.more_seeds is None else {"more_seeds": sweep["more_seeds"]}
         return {
             "sweep": self.sweep.name,
             **{key: sweep[key] for key in ("question", "axes", "seeds", "baseline", "primary", "scheduler")},
+            **more_seeds,
             "cost": dict(cost or {}),
             "trials": trials,
         }
@@ -85,18 +92,23 @@ def build_plan(sweep: Sweep) -> Plan:
     """
     grid = Grid(sweep.trial, sweep.axes, sweep.when, sweep.exclude)
     cells: dict[str, tuple[dict[str, Any], TrialConfig]] = {}
+    settings: dict[str, Mapping[str, Any]] = {}
     notes: list[str] = []
     for cell in grid.cells():
         config = resolve({**cell.settings, "seed": sweep.seeds[0]})
         values = _effective(cell, config)
-        known = cells.setdefault(trial_id(config), (values, config))
+        key = trial_id(config)
+        known = cells.setdefault(key, (values, config))
+        settings.setdefault(key, cell.settings)
         if known[0] != values:
             notes.append(f"the cells {_shown(known[0])} and {_shown(values)} are the same trial; the first is kept")
     notes += _without_effect(sweep, [values for values, _ in cells.values()])
     kept = list(cells.values())
     configs = [config for _, config in kept]
     notes += _mixed_recipes(configs) + _enlarged(configs) + _nameless(configs)
-    return Plan(sweep, _trials(sweep, kept), tuple(values for values, _ in kept), tuple(notes))
+    notes += _stopped_early(sweep) + _searched(sweep, len(kept))
+    trials = () if sweep.search is not None else _trials(sweep, kept)
+    return Plan(sweep, trials, tuple(values for values, _ in kept), tuple(notes), tuple(settings.values()))
 
 
 def _mixed_recipes(configs: Sequence[TrialConfig]) -> list[str]:
@@ -123,12 +135,36 @@ def _enlarged(configs: Sequence[TrialConfig]) -> list[str]:
 
 def _nameless(configs: Sequence[TrialConfig]) -> list[str]:
     """That of some measured weights nothing but the file says what model they are of."""
-    models = {config.model.weights: config.model for config in configs if config.model.weights is not None}
+    ours = [config for config in configs if config.command is None]
+    models = {config.model.weights: config.model for config in ours if config.model.weights is not None}
     return [
         f"model.weights {name} is no name of released weights: it must be of model.size {model.size}, patch size "
         f"{model.patch_size}, {model.num_registers} registers, as stated or by default"
         for name, model in models.items()
         if name is not None and not released.settings(name)
+    ]
+
+
+def _stopped_early(sweep: Sweep) -> list[str]:
+    """That cells are censored by early stopping, or what their searches are."""
+    if sweep.scheduler is None:
+        return []
+    name = sweep.scheduler.name
+    if sweep.search is not None:
+        return [f"{name} stops suggestions early, which are not scored then; the chosen ones run to their end"]
+    return [f"{name} stops trials early, so cells are censored: they are scored by the trials that were left to finish"]
+
+
+def _searched(sweep: Sweep, num_cells: int) -> list[str]:
+    """What a search will run."""
+    search = sweep.search
+    if search is None:
+        return []
+    seeds = search.seeds_beside(sweep.seeds)
+    samples = "every suggestion" if search.samples is None else f"{search.samples} suggestions"
+    return [
+        f"{search.name} search in each of {num_cells} cells: {samples} on seeds {list(seeds)}, then the best anew on "
+        f"seeds {list(sweep.seeds)}"
     ]
 
 

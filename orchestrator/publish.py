@@ -60,11 +60,12 @@ def copy_records(source: TrialLayout, target: TrialLayout) -> None:
 
 
 def _publish_files(source: Path, target: Path) -> None:
-    for path in _records_in(source):
+    for path in records_in(source):
         write_whole(target / path.relative_to(source), path.read_bytes())
 
 
-def _records_in(folder: Path) -> list[Path]:
+def records_in(folder: Path) -> list[Path]:
+    """The files in `folder` that are a trial's records."""
     return sorted(path for pattern in RECORDS for path in folder.glob(pattern) if path.is_file())
 
 
@@ -117,7 +118,7 @@ def _settle_checkpoints(layout: TrialLayout, keep_steps: Collection[int]) -> Non
     written none of its own; one that failed will be tried again.
     """
     folders = [folder for folder in layout.checkpoint_folders() if folder.is_dir()]
-    newest = max(folders, key=lambda folder: max((p.name for p in folder.glob("step_*.pt")), default=""), default=None)
+    newest = max(enumerate(folders), key=lambda numbered: _age(*numbered), default=(0, None))[1]
     if newest is not None:
         for folder in folders:
             _move_kept(folder, newest, keep_steps)
@@ -127,6 +128,12 @@ def _settle_checkpoints(layout: TrialLayout, keep_steps: Collection[int]) -> Non
     for folder in layout.checkpoint_folders():
         if folder != layout.checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _age(position: int, folder: Path) -> tuple[str, bool, int]:
+    """Rises with how new a folder's checkpoints are: by step or, where a program names them otherwise, by attempt."""
+    newest = max((path.name for path in folder.glob("step_*.pt")), default="")
+    return newest, any(folder.iterdir()), 0 if newest else position
 
 
 def _move_kept(source: Path, target: Path, steps: Collection[int]) -> None:
@@ -143,7 +150,7 @@ def forget(layout: TrialLayout) -> None:
     The result goes first: without it, what is left counts as not published.
     """
     layout.result.unlink(missing_ok=True)
-    for path in (layout.metrics, *_records_in(layout.root)):
+    for path in (layout.metrics, *records_in(layout.root)):
         path.unlink(missing_ok=True)
     for folder in layout.checkpoint_folders():
         shutil.rmtree(folder, ignore_errors=True)

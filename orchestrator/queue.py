@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from orchestrator.attempt import Job
@@ -48,14 +48,16 @@ class Queue:
                     known.add(trial.trial_id)
                     self._waiting.append(trial)
 
-    def draw(self) -> PlannedTrial | None:
-        """The next trial, if one waits and may begin."""
+    def draw(self, may_begin: Callable[[str], bool] = lambda _trial_id: True) -> PlannedTrial | None:
+        """The first of the waiting trials that may begin, if there is one and room for it."""
         with self._lock:
             full = self.limit is not None and len(self._flying) >= self.limit
-            if self.closed is not None or full or not self._waiting:
+            if self.closed is not None or full:
                 return None
-            trial = self._waiting.popleft()
-            self._flying[trial.trial_id] = trial
+            trial = next((trial for trial in self._waiting if may_begin(trial.trial_id)), None)
+            if trial is not None:
+                self._waiting.remove(trial)
+                self._flying[trial.trial_id] = trial
             return trial
 
     def over(self, trial_id: str, *, again: bool) -> None:
@@ -71,7 +73,9 @@ class Queue:
         with self._lock:
             return tuple(self._flying)
 
-    def is_empty(self) -> bool:
+    def is_empty(self, may_begin: Callable[[str], bool] = lambda _trial_id: True) -> bool:
         """Whether nothing runs and nothing that may begin waits."""
         with self._lock:
-            return not self._flying and (self.closed is not None or not self._waiting)
+            if self._flying:
+                return False
+            return self.closed is not None or not any(may_begin(trial.trial_id) for trial in self._waiting)

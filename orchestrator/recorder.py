@@ -116,7 +116,7 @@ class Recorder:
         if row.state == "running":  # its process died without a word and Tune has begun another
             self._lost(trial_id, row.attempts, "the trial's process ended")
         host, _, pid = event["process"].rpartition(":")
-        self._ledger.start_attempt(trial_id, event["attempt"], host, int(pid))
+        self._ledger.start_attempt(trial_id, event["attempt"], host, int(pid), self._gpus(trial_id))
         optim = row.config["optim"]
         self.live[trial_id] = Live(row.name, optim["steps"], optim["batch_size"], known=row.last_step or 0)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
 
 from orchestrator.draft import is_execution_setting
-from orchestrator.sweep import Budget, Part, Resources, Scheduler, Search, Sweep
+from orchestrator.sweep import Budget, MoreSeeds, Part, Resources, Scheduler, Search, Sweep
 from trainers.catalog import MODEL_SIZES
-from trainers.config import TrialConfig, fields, section_of
+from trainers.config import PROGRAM_SETTING, TrialConfig, fields, section_of
 
 Schema = dict[str, Any]
 
@@ -24,20 +26,21 @@ def sweep_schema() -> Schema:
     axes = {name: leaf for name, leaf in leaves.items() if name != "seed" and not is_execution_setting(name)}
     settings = _section(TrialConfig, "", leaves)
     settings["properties"].pop("seed")
-    properties: Schema = {key: sweep[key] for key in ("question", "seeds", "primary")}
+    properties: Schema = {key: sweep[key] for key in ("question", "primary")}
     properties |= {
         "name": {**sweep["name"], "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.@-]*$"},
+        "seeds": _described({"anyOf": [sweep["seeds"], _part(MoreSeeds)]}, "seeds"),
         "trial": _described(_or_null(settings), "trial"),
-        "axes": _described(_object({name: _axis(leaf) for name, leaf in axes.items()}, least=1), "axes"),
+        "axes": _described(_free(_object({n: _axis(leaf) for n, leaf in axes.items()}, least=1), _axis), "axes"),
         "when": _described(_or_null(_when(settings, leaves)), "when"),
-        "exclude": _described(_or_null(_list(_object(_choices(axes), least=1))), "exclude"),
-        "baseline": _described(_or_null(_object(axes, least=1)), "baseline"),
+        "exclude": _described(_or_null(_list(_free(_object(_choices(axes), least=1), _choice))), "exclude"),
+        "baseline": _described(_or_null(_free(_object(axes, least=1))), "baseline"),
         "resources": _described(_resources(), "resources"),
         "scheduler": _or_null(_part(Scheduler)),
-        "search": _or_null(_part(Search)),
+        "search": _or_null(_search(axes)),
         "budget": _or_null(_part(Budget)),
     }
-    properties = {key: properties[key] for key in Sweep.model_fields}
+    properties = {key: properties[key] for key in Sweep.model_fields if key in properties}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Sweep",
@@ -67,21 +70,38 @@ def _section(section: type[BaseModel], prefix: str, leaves: dict[str, Schema]) -
     properties: Schema = {}
     for name in section.model_fields:
         inner = section_of(section, name)
-        leaf = leaves.get(f"{prefix}{name}")
+        leaf = leaves.get(f"{prefix}{name}", _program())  # whose settings are free
         properties[name] = leaf if inner is None else _section(inner, f"{prefix}{name}.", leaves)
     properties |= {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
-    return _object(properties)
+    return _object(properties) if prefix else _free(_object(properties))
+
+
+@functools.cache
+def _program() -> Schema:
+    """The mapping of a program's own settings."""
+    schema: Schema = TrialConfig.model_json_schema()["properties"]["program"]
+    return schema
+
+
+def _free(schema: Schema, of: Callable[[Schema], Schema] = lambda leaf: leaf) -> Schema:
+    """`schema`, an object, with a program's own settings by dotted name as well; `of` makes their values' schema."""
+    value = _program()["anyOf"][0]["additionalProperties"]
+    return schema | {"patternProperties": {PROGRAM_SETTING: of(value)}}
 
 
 def _when(settings: Schema, leaves: dict[str, Schema]) -> Schema:
     conditions = {name: leaf for name, leaf in leaves.items() if name != "seed"}
-    entry = _object({"if": _object(_choices(conditions)), "set": settings})
+    entry = _object({"if": _free(_object(_choices(conditions)), _choice), "set": settings})
     return _list({**entry, "required": ["if", "set"]})
 
 
 def _choices(leaves: dict[str, Schema]) -> dict[str, Schema]:
     """A value of each setting, or a list of values of which any will do."""
-    return {name: {"anyOf": [leaf, {"type": "array", "items": leaf, "minItems": 1}]} for name, leaf in leaves.items()}
+    return {name: _choice(leaf) for name, leaf in leaves.items()}
+
+
+def _choice(leaf: Schema) -> Schema:
+    return {"anyOf": [leaf, {"type": "array", "items": leaf, "minItems": 1}]}
 
 
 def _axis(leaf: Schema) -> Schema:
@@ -92,6 +112,15 @@ def _axis(leaf: Schema) -> Schema:
 def _resources() -> Schema:
     one = _part(Resources)
     return {"anyOf": [one, _object(dict.fromkeys(MODEL_SIZES, one), least=1)]}
+
+
+def _search(settings: dict[str, Schema]) -> Schema:
+    """A search with the settings that it may be over as the keys of its space."""
+    search = _part(Search)
+    space = search["properties"]["space"]
+    entry = space["additionalProperties"]
+    space |= _free(_object(dict.fromkeys(settings, entry), least=1), lambda _: entry)
+    return search
 
 
 def _part(part: type[Part]) -> Schema:

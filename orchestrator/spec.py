@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator import spec_checks, spec_combinations, yaml_file
+from orchestrator import spec_checks, spec_combinations, spec_search, yaml_file
 from orchestrator.draft import Draft, nearest
 from orchestrator.overrides import renamed
 from orchestrator.problems import Problem, SpecError
-from orchestrator.sweep import Resources, Sweep, sweep_name
+from orchestrator.sweep import MoreSeeds, Resources, Sweep, sweep_name
 from trainers.config import TrialConfig
 from trainers.explain import explain
 
@@ -37,6 +37,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
     for override in overrides:
         draft.override(override)
     _check_keys(draft)
+    more_seeds = _more_seeds(draft)
     simple = _simple_parts(draft)
     parts = spec_checks.Parts()
     spec_checks.check_trial(draft, parts)
@@ -44,10 +45,13 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
     spec_checks.check_when(draft, parts)
     spec_checks.check_exclude(draft, parts)
     baseline = spec_checks.check_baseline(draft, parts)
-    configs = spec_combinations.check_cells(draft, parts, len(simple.seeds)) if parts.axes else []
+    num_seeds = len(simple.seeds) if more_seeds is None else more_seeds.most
+    configs = spec_combinations.check_cells(draft, parts, num_seeds) if parts.axes else []
     resources = spec_combinations.check_resources(draft, configs)
     spec_combinations.check_primary(draft, configs)
-    spec_combinations.check_search(draft, parts)
+    if more_seeds is not None:
+        spec_combinations.check_more_seeds(draft, more_seeds, configs)
+    spec_search.check_search(draft, parts, simple.model_copy(update={"more_seeds": more_seeds}), configs, resources)
     effective = _effective_name(draft, simple.name, name)
     if draft.problems:
         raise SpecError(draft.problems)
@@ -57,6 +61,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
         trial=parts.trial,
         axes=parts.axes,
         seeds=simple.seeds,
+        more_seeds=more_seeds,
         when=tuple(parts.when),
         exclude=tuple(parts.exclude),
         baseline=baseline,
@@ -70,17 +75,14 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
 
 def unsupported(sweep: Sweep) -> str | None:
     """One line on the parts of the sweep that are read and checked but not carried out; None if there are none."""
-    parts = [part for part in _OPTIONAL if getattr(sweep, part) is not None]
-    if not parts:
-        return None
-    verb, them = ("is", "it") if len(parts) == 1 else ("are", "them")
-    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-    return f"{listed} {verb} checked but not carried out yet; remove {them} to run the sweep"
+    return None if sweep.budget is None else "budget is checked but not carried out yet; remove it to run the sweep"
 
 
 def dump(sweep: Sweep) -> str:
     """The sweep as the text of a sweep file; reading it gives the same sweep, names with @ included."""
     values = sweep.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    if (more_seeds := values.pop("more_seeds", None)) is not None:
+        values["seeds"] = more_seeds
     return yaml_file.dump(values)
 
 
@@ -98,12 +100,13 @@ def _opened(path: Path) -> Draft:
 
 def _check_keys(draft: Draft) -> None:
     """Every key of the file is a part of a sweep."""
+    parts = [key for key in Sweep.model_fields if key != "more_seeds"]
     for key in draft.raw:
-        if key in Sweep.model_fields:
+        if key in parts:
             continue
         section = key.split(".")[0]
         belongs = section in TrialConfig.model_fields and section != "seed"
-        hint = "; it belongs under trial:" if belongs else nearest(key, list(Sweep.model_fields))
+        hint = "; it belongs under trial:" if belongs else nearest(key, parts)
         draft.report((key,), f"{key} is not a part of a sweep file{hint}")
 
 
@@ -122,6 +125,16 @@ def _simple_parts(draft: Draft) -> Sweep:
         draft.report(fault.path, fault.message)
     wrong = {fault.path[0] for fault in faults}
     return Sweep.model_validate({"name": "unnamed", **{key: value for key, value in raw.items() if key not in wrong}})
+
+
+def _more_seeds(draft: Draft) -> MoreSeeds | None:
+    """What the file says of seeds beyond the first block, which then stands in `seeds`; None where they are listed."""
+    raw = draft.raw.get("seeds")
+    if not isinstance(raw, dict):
+        return None
+    more: MoreSeeds | None = draft.validated(MoreSeeds, raw, ("seeds",))
+    draft.raw["seeds"] = [0] if more is None else list(more.block)
+    return more
 
 
 def _report_repeated_seeds(draft: Draft, seeds: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.cells import Grid
 from orchestrator.draft import Draft, Path, flat, is_execution_setting, nearest
 from orchestrator.sweep import When
-from trainers.config import fields
+from trainers.config import is_setting
 from trainers.explain import did_you_mean, shown
 from trainers.settings import check
 
@@ -77,7 +77,7 @@ def _is_axis_name(draft: Draft, name: str, place: Path) -> bool:
         draft.report(place, f"{name} is not an axis; use seeds: [0, 1, 2] beside axes")
     elif is_execution_setting(name):
         draft.report(place, f"{name} is not an axis: execution changes nothing that a trial computes; set it in trial")
-    elif name not in set(fields()):
+    elif not is_setting(name):
         draft.checked(name, None, place)
     else:
         return True
@@ -173,7 +173,7 @@ def _condition(
             if name in parts.axes:
                 chosen = _axis_choices(draft, parts, name, value, place, part)
                 condition |= {name: chosen} if chosen else {}
-        elif axes_only or name not in set(fields()):
+        elif axes_only or not is_setting(name):
             _report_no_axis(draft, parts, name, place, part, axes_only)
         elif (checked := _values(draft, name, value, place)) is not None:
             condition[name] = checked
@@ -182,8 +182,8 @@ def _condition(
 
 
 def _report_no_axis(draft: Draft, parts: Parts, name: str, place: Path, part: str, axes_only: bool) -> None:
-    misspelt = set(parts.axis_paths) - set(fields())
-    if misspelt and name in set(fields()):  # the misspelt axis has been reported; this would only repeat it
+    misspelt = {axis for axis in parts.axis_paths if not is_setting(axis)}
+    if misspelt and is_setting(name):  # the misspelt axis has been reported; this would only repeat it
         return
     if name in ("seed", "seeds"):
         draft.report(place, f"{part} names {name}; cells are compared seed by seed, so it cannot")

@@ -1,4 +1,4 @@
-"""Checks what only shows in the cells of a sweep, and the parts that depend on them: resources, metrics, search."""
+"""Checks what only shows in the cells of a sweep, and the parts that depend on them: resources and metrics."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from orchestrator.cells import Cell
-from orchestrator.draft import Draft, Path, is_execution_setting, nearest
+from orchestrator.draft import Draft, Path, nearest
 from orchestrator.spec_checks import Parts
-from orchestrator.sweep import MAX_TRIALS, Range, Resources, is_metric
+from orchestrator.sweep import MAX_TRIALS, MoreSeeds, Resources, is_metric
 from trainers.catalog import MEASUREMENTS, MODEL_SIZES, PROBES, short_name
 from trainers.config import TrialConfig, resolve
 from trainers.explain import ConfigError, Fault, did_you_mean, shown
@@ -21,6 +19,7 @@ MAX_COMBINATIONS = 50  # distinct impossible combinations that are listed
 # First parts of metric names, and what follows `val/` and `test/` besides the names of probes.
 _METRIC_ROOTS = ("train", "val", "test", "tokens", *MEASUREMENTS)
 _METRIC_FAMILIES = ("linear_mean_patch",)
+_DERIVED = ("outlier_fraction_frozen", "common_bias/corloc")  # by the analysis, from all trials together
 
 
 @dataclass
@@ -115,34 +114,52 @@ def _all_mappings(raw: dict[str, Any]) -> bool:
 
 def check_primary(draft: Draft, configs: list[TrialConfig]) -> None:
     """Metrics that were declared beforehand are ones that some cell measures."""
-    run = {probe for config in configs for probe in config.evaluation.probes}
-    measured = {name for config in configs for name in config.tokens.measurements}
     raw = draft.raw.get("primary")
     primary = raw if isinstance(raw, list) else []
     for index, name in enumerate(primary):
         if not is_metric(name):
             continue  # reported by the schema
-        place: Path = ("primary", index)
-        root, family, *_ = name.split("/")
         if name in primary[:index]:
-            draft.report(place, f"primary has {name} twice")
-        elif root not in _METRIC_ROOTS:
-            draft.report(place, f"primary has {name}; metrics begin with one of {', '.join(_METRIC_ROOTS)}")
-        elif root in ("val", "test"):
-            probe = "linear" if family == "linear_mean_patch" else family
-            guess = did_you_mean(family, [*PROBES, *_METRIC_FAMILIES])
-            if probe in PROBES and run and probe not in run and not _own_probes(run):
-                draft.report(
-                    place, f"primary has {name}, but evaluation.probes ({', '.join(sorted(run))}) lacks {probe}"
-                )
-            elif probe not in PROBES and family not in _METRIC_FAMILIES and guess:
-                draft.report(place, f"primary has {name}, and there is no probe {family}{guess}")
-            elif probe in PROBES and (wrong := _wrong_metric(name, probe, configs)) is not None:
-                draft.report(place, f"primary has {name}, {wrong}")
-        elif root in MEASUREMENTS and measured and root not in measured:
-            draft.report(
-                place, f"primary has {name}, but tokens.measurements ({', '.join(sorted(measured))}) lacks {root}"
-            )
+            draft.report(("primary", index), f"primary has {name} twice")
+        elif (wrong := not_measured(name, configs)) is not None:
+            draft.report(("primary", index), f"primary has {name}{wrong}")
+
+
+def check_more_seeds(draft: Draft, more: MoreSeeds, configs: list[TrialConfig]) -> None:
+    """There is a baseline that cells differ from, and the metric that decides is one that trials report."""
+    if more.most < more.first:
+        draft.report(("seeds", "most"), f"seeds.most is {more.most}; allowed: from seeds.first, {more.first}, on")
+    if not draft.raw.get("baseline"):
+        message = "seeds.until is about differences to the baseline, and the file has no baseline"
+        draft.report(("seeds", "until"), message)
+    name = more.until.metric
+    derived = "; it is derived from all trials at the end, so none reports it"
+    wrong = derived if name.endswith(_DERIVED) else not_measured(name, configs)
+    if wrong is not None:
+        draft.report(("seeds", "until", "metric"), f"seeds.until.metric is {name}{wrong}")
+
+
+def not_measured(name: str, configs: list[TrialConfig]) -> str | None:
+    """What is wrong with a metric's name, to be said after it; None where some cell may measure it."""
+    if any(config.command is not None for config in configs):
+        return None  # what a program measures only it knows
+    run = {probe for config in configs for probe in config.evaluation.probes}
+    measured = {name for config in configs for name in config.tokens.measurements}
+    root, family, *_ = name.split("/")
+    if root not in _METRIC_ROOTS:
+        return f"; metrics begin with one of {', '.join(_METRIC_ROOTS)}"
+    if root in ("val", "test"):
+        probe = "linear" if family == "linear_mean_patch" else family
+        guess = did_you_mean(family, [*PROBES, *_METRIC_FAMILIES])
+        if probe in PROBES and run and probe not in run and not _own_probes(run):
+            return f", but evaluation.probes ({', '.join(sorted(run))}) lacks {probe}"
+        if probe not in PROBES and family not in _METRIC_FAMILIES and guess:
+            return f", and there is no probe {family}{guess}"
+        if probe in PROBES and (wrong := _wrong_metric(name, probe, configs)) is not None:
+            return f", {wrong}"
+    elif root in MEASUREMENTS and measured and root not in measured:
+        return f", but tokens.measurements ({', '.join(sorted(measured))}) lacks {root}"
+    return None
 
 
 def _wrong_metric(name: str, probe: str, configs: Iterable[TrialConfig]) -> str | None:
@@ -162,41 +179,3 @@ def _wrong_metric(name: str, probe: str, configs: Iterable[TrialConfig]) -> str 
 
 def _own_probes(names: set[str]) -> bool:
     return bool(names - set(PROBES))
-
-
-def check_search(draft: Draft, parts: Parts) -> None:
-    """A search chooses among allowed values of settings that are no axes."""
-    raw = draft.raw.get("search")
-    space = raw.get("space") if isinstance(raw, dict) else None
-    for name, given in space.items() if isinstance(space, dict) else ():
-        place: Path = ("search", "space", name)
-        try:
-            bounds = Range.model_validate(given)
-        except ValidationError:
-            continue  # reported by the schema
-        if name in parts.axis_paths:
-            draft.report(place, f"{name} is an axis; a search is over settings that are not")
-        elif name == "seed" or is_execution_setting(name):
-            draft.report(place, f"{name} cannot be searched: it is no choice about the method")
-        else:
-            _check_range(draft, name, bounds, place)
-
-
-def _check_range(draft: Draft, name: str, bounds: Range, place: Path) -> None:
-    low, high = bounds.low, bounds.high
-    if bounds.choices is not None:
-        if low is not None or high is not None or bounds.log:
-            draft.report(place, f"{name} has choices and a range; give one of them")
-        for choice in bounds.choices:
-            draft.checked(name, choice, place)
-        return
-    if low is None or high is None:
-        draft.report(place, f"{name} wants {{low, high}} or {{choices}}")
-        return
-    if low >= high:
-        draft.report(place, f"{name} has low {low} and high {high}; low must be below high")
-    if bounds.log and low <= 0:
-        draft.report(place, f"{name} has low {low} with log: true; low must be above 0")
-    for value in (low, high):
-        if not draft.checked(name, int(value) if value == int(value) else value, place):
-            return

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from trainers.explain import shown
 
 MAX_TRIALS = 100_000
 MAX_NAME = 64  # characters
+MAX_SAMPLES = 10_000  # of a search in one cell
+FIRST_SEARCH_SEED = 1000  # far from those of cells, so that a sweep that gets more seeds keeps its searches
 
 # Folders and files that stand beside the sweeps in storage and state.
 RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db")
@@ -62,7 +66,48 @@ def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _one_or_more(value: object) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _validation_metrics(value: object) -> object:
+    names = _one_or_more(value)
+    if not names or len(set(map(str, names))) < len(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"is {shown(value)}; allowed: a metric such as val/knn/top1, or a list of different ones")
+    return tuple(map(_validation_metric, names))
+
+
+def _modes(value: object) -> object:
+    modes = _one_or_more(value)
+    if not modes or not set(map(str, modes)) <= {"max", "min"}:
+        raise ValueError(f"is {shown(value)}; allowed: max or min, or a list with one of them for each metric")
+    return modes
+
+
+def _number(value: object) -> object:
+    """A whole number stays one, since that says that only whole numbers are meant."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"is {shown(value)}; allowed: a number")
+    return value
+
+
 ValidationMetric = Annotated[str, AfterValidator(_validation_metric)]
+Mode = Literal["max", "min"]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Number = Annotated[int | float | None, BeforeValidator(_number)]
+
+_METRICS_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+_MODE_SCHEMA = {"enum": ["max", "min"]}
+ValidationMetrics = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_validation_metrics),
+    WithJsonSchema(_METRICS_SCHEMA),
+]
+Modes = Annotated[
+    tuple[Mode, ...],
+    BeforeValidator(_modes),
+    WithJsonSchema({"anyOf": [_MODE_SCHEMA, {"type": "array", "items": _MODE_SCHEMA, "minItems": 1}]}),
+]
 
 
 class Part(BaseModel):
@@ -74,8 +119,8 @@ class Part(BaseModel):
 class Resources(Part):
     """What one trial asks for; clipped to the largest node."""
 
-    gpus: Annotated[float, AfterValidator(_whole_above_one)] = Field(
-        0.0, ge=0, le=1024, description="0.5 is half a GPU"
+    gpus: Annotated[float, Field(ge=0, le=1024), AfterValidator(_whole_above_one)] | Literal["auto"] = Field(
+        0.0, description="0.5 is half a GPU; auto takes the share that holds the memory that plan --measure found"
     )
     cpus: float = Field(1.0, gt=0, le=4096, description="logical CPU cores of all ranks together")
     ranks: int | None = Field(
@@ -84,8 +129,19 @@ class Resources(Part):
 
     @property
     def num_ranks(self) -> int:
-        """Processes that train one trial together."""
-        return self.ranks or max(1, int(self.gpus))
+        """Processes that train one trial together; one where `gpus: auto` is not settled yet."""
+        return self.ranks or (1 if self.gpus == "auto" else max(1, int(self.gpus)))
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of all ranks together.
+
+        Raises:
+            ValueError: `gpus: auto` is not settled yet.
+        """
+        if self.gpus == "auto":
+            raise ValueError("resources.gpus is auto; the command orchestrate plan FILE --measure finds the share")
+        return self.gpus
 
 
 class When(Part):
@@ -100,26 +156,58 @@ class Scheduler(Part):
 
     name: Literal["asha", "median"]
     metric: ValidationMetric = Field(description="a validation metric")
+    mode: Mode = Field("max", description="whether more of the metric is better, or less")
     grace: float = Field(0.25, gt=0, le=1, description="fraction of a run before which no trial is stopped")
+    reduction: float = Field(4.0, gt=1, description="asha: one trial in so many goes on past each of its rungs")
 
 
 class Range(Part):
-    """Values that a search may suggest for one setting: from low to high, or one of the choices."""
+    """Values that a search may suggest for one setting: from low to high, or one of the choices.
 
-    low: float | None = None
-    high: float | None = None
+    With `if` it is suggested only where every named other entry of the space has one of the values.
+    """
+
+    low: Number = None
+    high: Number = None
     log: bool = Field(False, description="evenly on a logarithmic scale")
+    step: Number = Field(None, description="between two neighbouring values, counted from low")
     choices: Annotated[tuple[Any, ...], BeforeValidator(_listed)] | None = Field(None, min_length=1)
+    condition: dict[str, Annotated[tuple[Any, ...], BeforeValidator(_one_or_more), WithJsonSchema({})]] = Field(
+        default_factory=dict, alias="if", description="other entry of the space: a value, or a list of values"
+    )
 
 
 class Search(Part):
-    """A study per cell over settings that are not axes."""
+    """A study per cell over settings that are not axes; the best suggestion is run anew as the cell's row."""
 
-    name: Literal["tpe", "random"]
-    samples: int = Field(ge=1, le=10_000, description="suggestions per cell")
+    name: Literal["grid", "random", "tpe"]
+    samples: int | None = Field(
+        None, ge=1, le=MAX_SAMPLES, description="suggestions per cell; may be left out for the whole grid"
+    )
     per: Literal["cell"] = "cell"
-    metric: ValidationMetric = Field(description="a validation metric, maximised")
-    space: dict[str, Range] = Field(min_length=1, description="dotted setting: {low, high, log} or {choices}")
+    metric: ValidationMetrics = Field(description="a validation metric, or a list of them")
+    mode: Modes = Field(("max",), description="whether more of it is better, or less; a list has one for each metric")
+    space: dict[str, Range] = Field(
+        min_length=1, description="dotted setting: {low, high}, with log or step, or {choices}; any with if"
+    )
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_listed)] | None = Field(
+        None, min_length=1, description="set aside for searching; null is the lowest unused one from 1000 on"
+    )
+    parallel: int = Field(1, ge=1, le=1024, description="suggestions of a cell that run at the same time")
+    startup: int = Field(10, ge=1, le=MAX_SAMPLES, description="tpe: random suggestions before it learns")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="of the sampler")
+    warm_start: Annotated[tuple[Annotated[str, AfterValidator(sweep_name)], ...], BeforeValidator(_listed)] = Field(
+        (), description="tpe: sweeps whose suggestions for the same cells it learns from beforehand"
+    )
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The mode of each metric."""
+        return self.mode * len(self.metric) if len(self.mode) == 1 else self.mode
+
+    def seeds_beside(self, taken: Collection[int]) -> tuple[int, ...]:
+        """The seeds of suggestions, where the sweep's own are `taken`."""
+        return self.seeds or (next(seed for seed in itertools.count(FIRST_SEARCH_SEED) if seed not in taken),)
 
 
 class Budget(Part):
@@ -128,6 +216,26 @@ class Budget(Part):
     gpu_hours: float | None = Field(None, gt=0)
     hours: float | None = Field(None, gt=0, description="of wall-clock time")
     trials: int | None = Field(None, ge=1, description="of trials that are begun, over all runs of the sweep")
+
+
+class Until(Part):
+    """How narrow the interval of each difference to the baseline should become."""
+
+    metric: Annotated[str, AfterValidator(_metric_name)] = Field(description="such as test/linear/top1")
+    halfwidth: float = Field(gt=0, description="of the 95 % interval, in units of the metric: 0.005 is half a point")
+
+
+class MoreSeeds(Part):
+    """A first block of seeds, 0 … first - 1, and more of them where that block's variance asks for them."""
+
+    first: int = Field(ge=2, le=10_000, description="seeds of every cell, from 0 on")
+    most: int = Field(ge=2, le=10_000, description="seeds of a cell altogether, at most")
+    until: Until
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """The seeds that every cell has."""
+        return tuple(range(self.first))
 
 
 class Sweep(Part):
@@ -139,6 +247,9 @@ class Sweep(Part):
     axes: dict[str, tuple[Any, ...]] = Field(default_factory=dict, description="values by dotted name")
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, le=2**32 - 1)], ...], BeforeValidator(_listed)] = Field(
         (0,), min_length=1, description="replicates of every cell"
+    )
+    more_seeds: MoreSeeds | None = Field(
+        None, description="in a file: seeds: {first, most, until: {metric, halfwidth}}; `seeds` is then the first block"
     )
     when: tuple[When, ...] = Field((), description="settings of some cells; later entries win")
     exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field((), description="cells that are left out")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from trainers.config import TrialConfig, trial_id
 
 # Settings that every name begins with, and settings with a short name of their own.
 _LEADING = ("method", "model.size", "model.num_registers", "seed")
-_SHORT = {"model.patch_size": "patch", "model.image_size": "px", "data.train": "", "precision": "", "preset": ""}
+_SHORT = {
+    "model.patch_size": "patch",
+    "model.image_size": "px",
+    "model.num_registers": "reg",
+    **dict.fromkeys(("data.train", "precision", "preset", "method", "model.size"), ""),
+}
 
 NamedTrial = tuple[Mapping[str, Any], TrialConfig]  # axis values, resolved configuration
 
@@ -29,12 +35,24 @@ def trial_names(trials: Sequence[NamedTrial]) -> list[str]:
 
 
 def _name(values: Mapping[str, Any], config: TrialConfig, *, whole: bool) -> str:
+    if config.command is not None:
+        return _program_name(config.command, values, config.seed, whole=whole)
     model = config.model
     words = [config.method.rpartition(":")[2], model.size, f"reg{model.num_registers}"]
     for axis, value in values.items():
         if axis not in _LEADING and value is not None:
             words.append(_word(axis, value, whole=whole))
     return " ".join([*words, f"seed{config.seed}"])
+
+
+def _program_name(command: Sequence[str], values: Mapping[str, Any], seed: int, *, whole: bool) -> str:
+    """The program without the words that only start it, the axes that it is handed, and the seed."""
+    scripts = [word for word in command if word[:1] not in "-{" and PurePath(word).suffix]
+    program = PurePath(scripts[0] if scripts else command[0]).stem
+    words = [
+        _word(axis, value, whole=whole) for axis, value in values.items() if axis != "command" and value is not None
+    ]
+    return " ".join([program, *words, f"seed{seed}"])
 
 
 def _word(axis: str, value: Any, *, whole: bool) -> str:

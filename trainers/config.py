@@ -11,10 +11,18 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from trainers import catalog, presets, probe_presets, released
 from trainers.conflicts import conflicts
+from trainers.execution_settings import ExecutionConfig as ExecutionConfig
 from trainers.explain import ConfigError, Fault, ImpossibleError, explain
 from trainers.method_settings import DeiT3Config, DinoConfig, DinoV2Config
 from trainers.method_settings import HeadConfig as HeadConfig  # for planning, which imports settings from here alone
@@ -25,6 +33,9 @@ from trainers.probe_settings import LinearConfig as LinearConfig
 from trainers.probe_settings import ObjectDiscoveryConfig as ObjectDiscoveryConfig
 from trainers.probe_settings import SegmentationConfig as SegmentationConfig
 from trainers.probe_settings import ZeroShotConfig as ZeroShotConfig
+from trainers.program_settings import PROGRAM_SETTING as PROGRAM_SETTING
+from trainers.program_settings import ProgramSettings, is_program_setting, only_given
+from trainers.program_settings import filled as filled
 from trainers.section import LISTED, ONCE, Section, known, rising
 from trainers.settle import settle
 from trainers.token_settings import TokensConfig as TokensConfig
@@ -297,32 +308,12 @@ class EvaluationConfig(Section):
     )
 
 
-class ExecutionConfig(Section):
-    """How a trial is executed; nothing here changes what it computes, and nothing here is in its identity."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of a rank; null leaves PyTorch's own")
-    data_root: str | None = Field(None, description="where the files of an image folder or a download lie")
-    checkpoint_seconds: float = Field(60.0, ge=0, description="least time between two checkpoints")
-    keep_checkpoints: int = Field(1, ge=1, le=1_000, description="how many checkpoints are kept")
-    keep_steps: Annotated[tuple[Annotated[int, Field(ge=1)], ...], LISTED, ONCE] = Field(
-        (), description="steps whose checkpoints are kept for ever, for other trials to start from"
-    )
-    trials_root: str | None = Field(
-        None, description="folder under which the trials of model.init_from and model.weights are looked for"
-    )
-    weights_root: str | None = Field(None, description="folder of the files of model.weights; null for this one")
-    activation_checkpointing: bool = Field(False, description="compute activations twice, keep those of blocks alone")
-    network_interface: str | None = Field(
-        None, description="by which the ranks of a trial reach each other, such as eth0; null leaves it to them"
-    )
-    no_progress_seconds: float = Field(
-        1_800.0, gt=0, description="after which a trial that reports nothing and makes no step is taken for hung"
-    )
-
-
 class TrialConfig(Section):
-    """One trial. Build it with `resolve`, which expands presets, decides every `auto` and nulls idle settings."""
+    """One trial. Build it with `resolve`, which expands presets, decides every `auto` and nulls idle settings.
+
+    Of a trial with a `command` only what was given exists: `model_dump` leaves the defaults of our own trainers out,
+    which its program never hears of, and so do its identity and the tables.
+    """
 
     method: Annotated[str, *known(catalog.METHODS, own="package.module:Class")] = Field(
         "deit3", description="a method of the catalog, or your own as package.module:Class"
@@ -333,6 +324,10 @@ class TrialConfig(Section):
         "of the identity",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1)
+    command: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], LISTED, Field(min_length=1)] | None = Field(
+        None, description="words of the program that is the trial, as in [torchrun, mine.py]; null for our own trainers"
+    )
+    program: ProgramSettings | None = Field(None, description="free settings of that program by name")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the forward pass")
     compile: bool = Field(False, description="torch.compile of each block; rounds otherwise than without")
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -352,6 +347,15 @@ class TrialConfig(Section):
             raise ImpossibleError(found)
         return self
 
+    @model_serializer(mode="wrap")
+    def _dumped(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        dumped: dict[str, Any] = handler(self)
+        if self.command is None:
+            dumped.pop("program", None)  # free settings, of which our own trainers have none
+            return dumped
+        execution = {"execution": dumped["execution"]} if "execution" in dumped else {}
+        return {**only_given(self, dumped), **execution}
+
 
 def resolve(settings: Mapping[str, Any]) -> TrialConfig:
     """The complete configuration of a trial from nested or dotted settings.
@@ -363,6 +367,8 @@ def resolve(settings: Mapping[str, Any]) -> TrialConfig:
         ConfigError: a ValueError with everything that is unknown, not allowed or impossible together.
     """
     given = flatten(settings)
+    if given.get("command") is not None:
+        return _of_program(given)
     try:
         name, recipe = presets.recipe(given)
         weights = given.get("model.weights")
@@ -373,6 +379,16 @@ def resolve(settings: Mapping[str, Any]) -> TrialConfig:
     except ValueError as error:
         raise ConfigError([Fault((), str(error), ("preset", "method"))]) from error
     return _validated(nest(settle(_validated(nested))))
+
+
+def _of_program(given: Mapping[str, Any]) -> TrialConfig:
+    """The configuration of a trial that is a program: what was given, without presets, which are of our trainers."""
+    try:
+        return _validated(nest(given))
+    except ConfigError:
+        raise
+    except ValueError as error:  # a value and fields below it at once
+        raise ConfigError([Fault((), str(error), ("command",))]) from error
 
 
 def _beside(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -421,13 +437,18 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fields(section: type[BaseModel] = TrialConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings, in the order in which they are declared."""
+    """Dotted names of all settings but those of programs, which are free, in the order in which they are declared."""
     for name in section.model_fields:
         inner = section_of(section, name)
         if inner is not None:
             yield from fields(inner, f"{prefix}{name}.")
-        else:
+        elif f"{prefix}{name}" != "program":
             yield f"{prefix}{name}"
+
+
+def is_setting(name: str) -> bool:
+    """Whether the dotted `name` is a setting of a trial, of ours or of a program's own."""
+    return is_program_setting(name) or name in _NAMES
 
 
 def section_of(section: type[BaseModel], name: str) -> type[BaseModel] | None:
@@ -443,8 +464,13 @@ def is_execution(name: str) -> bool:
 
 
 def identity(config: TrialConfig) -> dict[str, Any]:
-    """What a trial computes: all dotted settings but those of its execution, nulls, and those that mean "as before"."""
+    """What a trial computes: all dotted settings but those of its execution, nulls, and those that mean "as before".
+
+    Of a program it is all that the program is handed, nulls included.
+    """
     flat = flatten(config.model_dump(mode="json"))
+    if config.command is not None:
+        return {name: value for name, value in flat.items() if not is_execution(name)}
     before = {name: list(value) if isinstance(value, tuple) else value for name, value in AS_BEFORE.items()}
     kept = {k: v for k, v in flat.items() if not is_execution(k) and v is not None and before.get(k) != v}
     return {k: 0.0 if v == 0.0 and isinstance(v, float) else v for k, v in kept.items()}  # -0.0 is 0.0
@@ -454,3 +480,6 @@ def trial_id(config: TrialConfig) -> str:
     """16 hexadecimal digits of the SHA-256 of the canonical JSON of `identity(config)`."""
     canonical = json.dumps(identity(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+_NAMES = frozenset(fields())

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from trainers import catalog
-from trainers.explain import shown
+from trainers.explain import did_you_mean, shown
+from trainers.program_settings import PLACEHOLDERS, names_given, placeholders
 
 if TYPE_CHECKING:
     from trainers.config import TrialConfig
@@ -21,7 +22,11 @@ _BUILT_IN = {"sink": "none", "register_mask": "full", "drop_path_group": None}
 
 
 def conflicts(config: TrialConfig) -> Iterator[Conflict]:
-    """Combinations that are impossible although each setting is allowed."""
+    """Combinations that are impossible although each setting is allowed; what a program can do only it knows."""
+    if config.command is not None or config.program is not None:
+        yield from _program(config)
+    if config.command is not None:
+        return
     model, optim = config.model, config.optim
     if isinstance(model.image_size, int) and model.image_size % model.patch_size:
         yield _undivided("model.patch_size", model.patch_size, "model.image_size", model.image_size)
@@ -43,6 +48,25 @@ def conflicts(config: TrialConfig) -> Iterator[Conflict]:
     yield from _probes(config)
     yield from _probe_settings(config)
     yield from _unmet_needs(config)
+
+
+def _program(config: TrialConfig) -> Iterator[Conflict]:
+    """Settings of programs go with a command, recipes of our trainers do not, and a command names what is given."""
+    if config.command is None:
+        for name in config.program or ():
+            yield f"program.{name} is a setting of a program; give the program as command", (f"program.{name}",)
+        return
+    if "preset" in config.model_fields_set:
+        yield f"preset {config.preset} is a recipe of our own trainers, which a command has not", ("preset", "command")
+    given = list(names_given(config))
+    for name in placeholders(config.command):
+        if name in given or name in PLACEHOLDERS or name.split(".")[0] not in type(config).model_fields:
+            continue  # other braces are the program's own
+        yield (
+            f"command has {{{name}}} in it, which is not given{did_you_mean(name, given)}; given are "
+            f"{', '.join([*given, *PLACEHOLDERS])}",
+            ("command",),
+        )
 
 
 def _undivided(part: str, size: int, whole: str, total: int) -> Conflict:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ValidationError
 
 from trainers.config import TrialConfig, fields, section_of
-from trainers.explain import Fault, did_you_mean, explain
+from trainers.explain import Fault, did_you_mean, explain, shown
+from trainers.program_settings import ALLOWED, PREFIX, is_program_setting
 
 # What other projects call a setting, where no spelling is near.
 _ELSEWHERE = {
@@ -34,6 +35,8 @@ def check(name: str, value: object) -> tuple[object, list[Fault]]:
 
     `name` is dotted. What only shows together with other settings is left to `resolve`.
     """
+    if is_program_setting(name):
+        return _check_program(name, value)
     *parents, last = name.split(".")
     section: type[BaseModel] = TrialConfig
     for parent in parents:
@@ -51,8 +54,25 @@ def check(name: str, value: object) -> tuple[object, list[Fault]]:
         return value, [Fault((), prefix + fault.message, (name,)) for fault in faults]
 
 
+def _check_program(name: str, value: object) -> tuple[object, list[Fault]]:
+    """`check` for a free setting of a program."""
+    own = name.removeprefix(PREFIX)
+    if isinstance(value, dict):  # nested settings come one by one
+        return value, [Fault((), f"{name} is {shown(value)}; allowed: {ALLOWED}", (name,))]
+    try:
+        config = TrialConfig.model_validate({"command": ["program"], "program": {own: value}})
+    except ValidationError as error:
+        said = error.errors(include_url=False)[0]
+        reason = said.get("ctx", {}).get("error", f"is {shown(value)}: {said['msg']}")
+        return value, [Fault((), f"{name} {reason}", (name,))]
+    assert config.program is not None, "one setting was given"
+    return config.program[own], []
+
+
 def unknown_setting(name: str) -> str:
     """That `name` is not a setting, with the nearest one or, for a section, its fields."""
+    if name == "program" or name.startswith(PREFIX):
+        return f"{name} is not a setting; those of a program are program.NAME, of letters, digits, _ and -"
     section: type[BaseModel] = TrialConfig
     path: list[str] = []
     for part in name.split("."):
@@ -89,4 +109,4 @@ def _sections(section: type[BaseModel] = TrialConfig, prefix: str = "") -> Itera
 
 def is_section(name: str) -> bool:
     """Whether the dotted `name` is a section of the configuration, so that a mapping belongs there."""
-    return name in _sections()
+    return name == "program" or is_program_setting(name) or name in _sections()

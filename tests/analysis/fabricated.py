@@ -76,8 +76,13 @@ def publish(
     primary: Sequence[str] = (TOP1, OUTLIERS),
     question: str = "How many registers does a small ViT need?",
     written: Sequence[int] | None = None,
+    first_seeds: Sequence[int] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes the sweep into `folder`, trials in the order `written` (indices), as the orchestrator would."""
+    """Writes the sweep into `folder`, trials in the order `written` (indices), as the orchestrator would.
+
+    With `first_seeds`, cells with other seeds as well got those by the variance of the first ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = list(trials[0].cell) if trials else []
     found = {axis: list({json.dumps(t.cell[axis]): t.cell[axis] for t in trials}.values()) for axis in names}
@@ -85,10 +90,11 @@ def publish(
         "sweep": folder.name,
         "question": question,
         "axes": dict(axes) if axes is not None else found,
-        "seeds": sorted({trial.seed for trial in trials}),
+        "seeds": sorted({trial.seed for trial in trials}) if first_seeds is None else list(first_seeds),
+        **({} if first_seeds is None else {"more_seeds": {"first": len(first_seeds)}}),
         "baseline": baseline,
         "primary": list(primary),
-        "scheduler": None,
+        "scheduler": None if scheduler is None else dict(scheduler),
         "cost": {},
         "trials": [
             {"trial_id": t.trial_id, "name": f"deit3 nano {i} seed{t.seed}", "cell": t.cell, "seed": t.seed}

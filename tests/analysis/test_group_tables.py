@@ -6,7 +6,7 @@ from pathlib import Path
 
 from analysis.cells import cells
 from analysis.collect import collect
-from analysis.group_tables import MeasuredTable, measured_tables
+from analysis.group_tables import MeasuredTable, cost_table, measured_tables
 from analysis.tables import ablation
 from tests.analysis.fabricated import REGISTERS, Trial, publish
 
@@ -78,3 +78,16 @@ def test_recurrence_has_a_row_for_each_view(tmp_path: Path) -> None:
         (("0", "scale 1.5, antialiased"), ("–", "100.00", "–")),
         (("0", "shift"), ("1.00", "50.00", "25.00")),
     )
+
+
+def test_the_cost_of_cells_is_what_their_trials_recorded(tmp_path: Path) -> None:
+    trials = [
+        Trial({REGISTERS: 0}, 0, result={"seconds": 5400.0, "gpu_seconds": 2700.0}),
+        Trial({REGISTERS: 0}, 1, result={"seconds": 1800.0, "gpu_seconds": 900.0}),
+        Trial({REGISTERS: 4}, 0, result={"seconds": 36.0, "gpu_seconds": None}),
+        Trial({REGISTERS: 4}, 1, status="missing"),
+    ]
+    frames = collect(publish(tmp_path / "s", trials))
+    table = cost_table(cells(frames.plan), frames.runs.to_pylist(), [REGISTERS])
+    assert [label for label, _ in table.columns] == ["trials with a recorded cost", "trial hours", "GPU hours"]
+    assert table.rows == ((("0",), ("2 of 2", "2", "1")), (("4",), ("1 of 2", "0.01", "–")))

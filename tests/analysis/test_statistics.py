@@ -65,6 +65,38 @@ def test_small_but_real_variance_is_kept() -> None:
     assert not statistics.paired_t({0: 1e-9, 1: 2e-9}, {0: 0.0, 1: 0.0}).no_variance
 
 
+def test_stein_keeps_the_first_blocks_variance_and_degrees_by_hand() -> None:
+    # Differences 1, 2, 3 of the first block: s = 1, t(0.975, 2) = 4.302653; with 10 and 14 the mean of five is 6.
+    cell = dict(enumerate([1.0, 2.0, 3.0, 10.0, 14.0]))
+    found = statistics.stein_t(cell, dict.fromkeys(range(9), 0.0), first=(0, 1, 2))
+    assert (found.n_paired, found.delta, found.method) == (5, 6.0, "stein two-stage t")
+    assert found.low == pytest.approx(6 - 4.302653 / math.sqrt(5), abs=1e-6)
+    assert found.high == pytest.approx(6 + 4.302653 / math.sqrt(5), abs=1e-6)
+    assert found.p_value == pytest.approx(2 * float(stats.t.sf(6 * math.sqrt(5), 2)))
+
+
+def test_stein_without_more_seeds_is_the_paired_t() -> None:
+    cell, baseline = {0: 1.0, 1: 2.5, 2: 2.0}, {0: 0.5, 1: 0.0, 2: 0.25}
+    ours, plain = statistics.stein_t(cell, baseline, (0, 1, 2)), statistics.paired_t(cell, baseline)
+    assert (ours.delta, ours.low, ours.high, ours.p_value) == (plain.delta, plain.low, plain.high, plain.p_value)
+
+
+@pytest.mark.parametrize("cell", [{0: 1.0, 3: 2.0, 4: 5.0}, {0: 1.0, 1: 1.0, 2: 1.0, 3: 2.0}])
+def test_a_first_block_without_variance_gives_no_interval(cell: dict[int, float]) -> None:
+    found = statistics.stein_t(cell, dict.fromkeys(range(9), 0.0), (0, 1, 2))
+    assert (found.n_paired, found.delta) == (len(cell), sum(cell.values()) / len(cell))
+    assert (found.low, found.high, found.p_value, found.no_variance) == (None, None, None, False)
+    assert found.method == "none: the first seeds show no variance"
+
+
+def test_stein_says_as_paired_t_what_too_few_or_equal_pairs_lack() -> None:
+    one = statistics.stein_t({0: 3.0}, {0: 1.0}, (0, 1))
+    assert (one.delta, one.low, one.method) == (2.0, None, "none: one seed")
+    assert statistics.stein_t({5: 3.0}, {0: 1.0}, (0, 1)).method == "none: no pair"
+    equal = statistics.stein_t({0: 1.0, 1: 1.0, 2: 1.0}, {0: 0.5, 1: 0.5, 2: 0.5}, (0, 1))
+    assert (equal.no_variance, equal.low, equal.high) == (True, 0.5, 0.5)
+
+
 def test_holm_by_hand() -> None:
     # Sorted: .01, .02, .03, .04, times 4, 3, 2, 1 = .04, .06, .06, .04; made monotone: .04, .06, .06, .06.
     assert statistics.holm([0.04, None, 0.01, 0.03, 0.02]) == pytest.approx([0.06, None, 0.04, 0.06, 0.06], abs=1e-12)

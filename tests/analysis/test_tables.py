@@ -109,6 +109,38 @@ def test_the_baseline_is_matched_by_everything_else_and_by_seed(tmp_path: Path) 
     assert row_of(table, method="dino", model__num_registers=0)["interval_method"] == "none: baseline"
 
 
+def test_rows_with_more_seeds_than_the_first_are_adaptive_and_have_steins_interval(tmp_path: Path) -> None:
+    few = {0: 0.0, 2: 0.1, 4: 0.2}
+    trials = [
+        Trial({REGISTERS: r}, s, {TOP1: 0.5 + mean + 0.01 * s * r})
+        for r, mean in few.items()
+        for s in range(3 if r == 2 else 5)
+    ]
+    table = table_of(tmp_path / "s", trials, primary=[TOP1], first_seeds=(0, 1, 2))
+    row = row_of(table, model__num_registers=4)
+    # differences 0.2, 0.24, 0.28, 0.32, 0.36: s of the first three is 0.04
+    reach = 4.302653 * 0.04 / math.sqrt(5)
+    assert (row["delta"], row["delta_low"]) == (pytest.approx(0.28), pytest.approx(0.28 - reach, rel=1e-6))
+    assert (row["interval_method"], row["flags"]) == ("stein two-stage t", ["adaptive"])
+    plain = row_of(table, model__num_registers=2)
+    assert (plain["n_paired"], plain["interval_method"], plain["flags"]) == (3, "stein two-stage t", [])
+    assert row_of(table, model__num_registers=0)["flags"] == ["adaptive", "baseline"]
+    pooled = table_of(tmp_path / "p", trials, statistics.POOLED_DUNNETT, primary=[TOP1], first_seeds=(0, 1, 2))
+    assert pooled.equals(table)
+
+
+def test_cells_that_a_scheduler_stopped_trials_of_are_censored(tmp_path: Path) -> None:
+    trials = [Trial({REGISTERS: r}, s, {TOP1: 0.5 + 0.1 * s * r}) for r in (0, 2, 4) for s in (0, 1, 2)]
+    trials[5].status = "pruned"  # 2 registers, seed 2
+    asha = {"name": "asha", "metric": "val/knn/top1", "grace": 0.25}
+    table = table_of(tmp_path / "s", trials, primary=[TOP1], scheduler=asha)
+    assert row_of(table, model__num_registers=2)["flags"] == ["censored", "pruned"]
+    assert row_of(table, model__num_registers=2)["n_pruned"] == 1
+    assert row_of(table, model__num_registers=4)["flags"] == []
+    plain = table_of(tmp_path / "p", trials, primary=[TOP1])
+    assert row_of(plain, model__num_registers=2)["flags"] == ["pruned"]
+
+
 def test_an_excluded_baseline_gives_nulls_and_a_flag(tmp_path: Path) -> None:
     cell_values = [("deit3", 0), ("deit3", 4), ("dino", 4)]
     trials = [Trial({"method": m, REGISTERS: r}, s, {TOP1: 0.5 + 0.1 * s}) for m, r in cell_values for s in (0, 1)]

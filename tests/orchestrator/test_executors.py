@@ -15,7 +15,6 @@ from orchestrator import local, publish, recorder
 from orchestrator.attempt import Job, Outcome, Report, failure, run_attempt
 from orchestrator.control import Control
 from orchestrator.dispatch import Dispatch
-from orchestrator.driver import failures
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
@@ -25,6 +24,7 @@ from orchestrator.recorder import Live, Recorder
 from orchestrator.retry import History
 from orchestrator.run_request import Request, clip
 from orchestrator.spec import read_sweep
+from orchestrator.sweep_run import failures
 from orchestrator.watch import Watch
 from tests.orchestrator.sweeps import Small
 

@@ -233,7 +233,7 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         edited(
             PRIMARY, "search: {name: tpe, samples: 4, metric: val/knn/top1, space: {optim.lr: {low: 1, high: 0.1}}}"
         ),
-        [(8, "optim.lr has low 1.0 and high 0.1; low must be below high")],
+        [(8, "optim.lr has low 1 and high 0.1; low must be below high")],
     ),
     "empty budget": (edited(PRIMARY, "budget: {}"), [(8, "budget is empty")]),
     "patch size that does not divide": (
