@@ -13,6 +13,7 @@ import yaml
 from orchestrator import publish, run, spec
 from orchestrator.attempt import TRAIN, Job
 from orchestrator.control import Control
+from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
@@ -59,9 +60,10 @@ def sweep(
         sink = Sink(ledger, default_tracking_uri(layout.state), "benchmark", "benchmark", state=layout.state)
         sink.start()
         stack.callback(sink.close, FLUSH_SECONDS)
-        recorder = Recorder(ledger, layout, publish.provenance(), lambda _trial_id: 0.0, sink.notify)
+        delivery = stack.enter_context(Delivery(layout, ledger))
+        recorder = Recorder(ledger, layout, publish.provenance(), lambda _trial_id: 0.0, delivery.begin, sink.notify)
         turns = _Turns(
-            recorder, sink, {planned.trial_id: planned for planned in plan}, between, flush_every, stop_after
+            recorder, delivery, sink, {planned.trial_id: planned for planned in plan}, between, flush_every, stop_after
         )
         queue = Queue(limit=1)
         queue.add(plan)
@@ -107,6 +109,7 @@ class _Turns:
     def __init__(
         self,
         recorder: Recorder,
+        delivery: Delivery,
         sink: Sink,
         plan: Mapping[str, PlannedTrial],
         between: Between,
@@ -114,6 +117,7 @@ class _Turns:
         stop_after: float,
     ) -> None:
         self._recorder, self._sink, self._plan, self._between = recorder, sink, plan, between
+        self._delivery = delivery
         self._flush_every = flush_every
         self._since = time.perf_counter()
         self._deadline = self._since + stop_after
@@ -140,6 +144,7 @@ class _Turns:
 
     def _flush(self) -> float:
         before = time.process_time()
+        self._delivery.complete()
         if lacking := self._sink.flush(FLUSH_SECONDS):
             raise RuntimeError(f"MLflow lacks {lacking} records after {FLUSH_SECONDS:.0f} s")
         return time.process_time() - before

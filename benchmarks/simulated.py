@@ -14,6 +14,7 @@ import yaml
 from orchestrator import publish, run, spec
 from orchestrator.attempt import Job
 from orchestrator.control import Control
+from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
@@ -91,7 +92,10 @@ def sweep(
         sink = Sink(ledger, default_tracking_uri(layout.state), name, name, state=layout.state)
         sink.start()
         stack.callback(sink.close, 1.0)
-        recorder = Recorder(ledger, layout, publish.provenance(), lambda _trial_id: request.gpus, sink.notify)
+        delivery = stack.enter_context(Delivery(layout, ledger))
+        recorder = Recorder(
+            ledger, layout, publish.provenance(), lambda _trial_id: request.gpus, delivery.begin, sink.notify
+        )
 
         def handle(trial_id: str, event: Mapping[str, Any]) -> None:
             recorder.handle(trial_id, event)
@@ -102,6 +106,7 @@ def sweep(
         dispatch = Dispatch(ledger, queue, [], lambda _trial: None, lambda: False)
         dispatch.make_job = lambda trial: (job(trial, layout, train), request)
         run.run(ray, dispatch, handle, Control(), lambda: False)
+        delivery.complete()
         counts = ledger.counts()
         if counts["finished"] != len(planned):
             error = next((row.error for row in ledger.rows() if row.error is not None), None)
@@ -110,12 +115,10 @@ def sweep(
             raise RuntimeError(f"MLflow lacks {lacking} records a minute after the last trial")
 
 
-def bare(ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], train: str, request: Request) -> float:
-    """The same thin trials in bare Ray Tune: its own grid, reused actors, loggers off, nobody listening.
-
-    Returns:
-        Seconds from the first trial's beginning to the last one's end.
-    """
+def bare(
+    ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], train: str, request: Request, clock: Clock
+) -> None:
+    """The same thin trials in bare Ray Tune: its own grid, reused actors, loggers off, nobody listening but `clock`."""
     from dataclasses import asdict
 
     from ray import tune
@@ -127,7 +130,6 @@ def bare(ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], t
     mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
     for trial in planned:
         mailbox.put.remote(trial.trial_id, asdict(job(trial, layout, train)))
-    clock = _Clock()
     bundles = request.bundles()
     tune.Tuner(
         tune.with_resources(
@@ -144,35 +146,36 @@ def bare(ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], t
         ),
     ).fit()
     ray.kill(mailbox)
-    return clock.seconds
 
 
-class _Clock:
-    """From the first event of an experiment to its last trial's end."""
+class Clock:
+    """When trials ended; nothing of an experiment counts until `warm` of them have, since processes start meanwhile."""
 
-    def __init__(self) -> None:
-        self.first: float | None = None
-        self.last = 0.0
+    def __init__(self, warm: int) -> None:
+        self._warm = warm
+        self._ends: list[float] = []
+
+    def ended(self) -> None:
+        """A trial has ended."""
+        self._ends.append(time.perf_counter())
 
     @property
-    def seconds(self) -> float:
-        assert self.first is not None, "a trial began"
-        return self.last - self.first
+    def seconds_per_trial(self) -> float:
+        """From the last warm trial's end to the last one's, for each trial in between."""
+        counted = self._ends[self._warm - 1 :]
+        return (counted[-1] - counted[0]) / (len(counted) - 1)
 
     def callback(self) -> Any:
-        """A Tune callback; its pickled copies do nothing."""
+        """A Tune callback that tells this clock; its pickled copies do nothing."""
         from ray import tune
 
         clock = self
 
-        class Times(tune.Callback):
+        class Ends(tune.Callback):
             def __reduce__(self) -> tuple[Any, ...]:
                 return tune.Callback, ()
 
-            def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **_: Any) -> None:
-                clock.first = clock.first or time.perf_counter()
-
             def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
-                clock.last = time.perf_counter()
+                clock.ended()
 
-        return Times()
+        return Ends()

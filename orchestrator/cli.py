@@ -295,6 +295,48 @@ def report(
     inspect.report(sweeps, storage)
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A table: CSV, TSV, JSON lines or parquet.", metavar="FILE")],
+    sweep: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Sweep to make or extend. [default: the file's name]")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(metavar="AXIS=VALUE", help="Cell to compare with; may be repeated.")
+    ] = None,
+    primary: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC", help="Metric declared beforehand; may be repeated.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=METRIC", help="A metric in a column of another name.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="A column to leave out; may be repeated.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What the sweep asks.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Take other values of known trials.")] = False,
+    storage: Storage = RUNS,
+    state: State = None,
+) -> None:
+    """Take finished results of other tools into a sweep's tables."""
+    from orchestrator import import_results
+
+    import_results.import_results(
+        import_results.Request(
+            file=file,
+            storage=storage,
+            state=state or storage,
+            sweep=sweep,
+            question=question,
+            baseline=tuple(baseline or ()),
+            primary=tuple(primary or ()),
+            metrics=tuple(metric or ()),
+            ignored=tuple(ignore or ()),
+            replace=replace,
+        )
+    )
+
+
 @app.command()
 def ui(
     state: State = None,

@@ -40,11 +40,6 @@ class Control:
         with self._lock:
             return self._reasons.get(trial_id) or self._everyone
 
-    def forget(self, trial_id: str) -> None:
-        """The trial has left."""
-        with self._lock:
-            self._reasons.pop(trial_id, None)
-
     @contextmanager
     def heard_by(self, listener: Callable[[str | None, str], None]) -> Iterator[None]:
         """While the block runs `listener` is called with (trial id or None, reason), also for what was said before."""

@@ -38,8 +38,8 @@ class IllegalMove(RuntimeError):
 class Ledger(LedgerFile):
     """One sweep's ledger. One process writes (from any of its threads), any number may read.
 
-    Every change is one transaction that is on the disk when the call returns (WAL, synchronous=FULL). Calls that name
-    an attempt are fenced: once a newer attempt has begun or the trial is over, they change nothing and return False.
+    Every change is one transaction, on the disk as `LedgerFile` says. Calls that name an attempt are fenced: once a
+    newer attempt has begun or the trial is over, they change nothing and return False.
     """
 
     # The plan
@@ -108,7 +108,7 @@ class Ledger(LedgerFile):
             IllegalMove: the trial is not planned, or `number` is not above that of every earlier attempt.
         """
         now = self._clock()
-        with self._change() as db:
+        with self._change(durable=False) as db:
             row = self.row(trial_id)
             _check_move(row, "running")
             if number <= row.attempts:
@@ -131,7 +131,7 @@ class Ledger(LedgerFile):
         """`record` for several (step, metrics) in one commit."""
         points = [(int(step), name, float(value)) for step, metrics in reports for name, value in metrics.items()]
         now = self._clock()
-        with self._change() as db:
+        with self._change(durable=False) as db:
             if not self._is_current(trial_id, attempt):
                 return False
             if not points:
@@ -313,7 +313,7 @@ class Ledger(LedgerFile):
 
     def mark_run(self, trial_id: str, generation: int, run_id: str | None) -> None:
         """Remember the MLflow run of a trial. Another run than before, or None, means that nothing is delivered."""
-        with self._change() as db:
+        with self._change(durable=False) as db:
             db.execute(
                 """UPDATE trials SET run_id = ?, delivered_seq = 0, delivered_status = NULL
                 WHERE trial_id = ? AND generation = ? AND run_id IS NOT ?""",
@@ -327,7 +327,7 @@ class Ledger(LedgerFile):
 
     def mark_delivered(self, trial_id: str, run_id: str, *, seq: int | None = None, status: str | None = None) -> None:
         """Remember what `run_id` has; nothing happens where it is no longer the trial's run."""
-        with self._change() as db:
+        with self._change(durable=False) as db:
             db.execute(
                 """UPDATE trials SET delivered_seq = max(delivered_seq, coalesce(?, 0)),
                 delivered_status = coalesce(?, delivered_status) WHERE trial_id = ? AND run_id = ?""",

@@ -29,7 +29,9 @@ def _now_ms() -> int:
 class LedgerFile:
     """An open ledger file: one process writes (from any of its threads), any number may read.
 
-    Every change is one transaction that is on the disk when the call returns (WAL, synchronous=FULL).
+    Every change is one transaction (WAL). What a trial has come to is on the disk when the call returns
+    (synchronous=FULL); that an attempt has begun and what it reports comes there with the next of these, since an
+    attempt that a lost machine forgets is run again from its checkpoint and reports the same.
     """
 
     def __init__(self, connection: sqlite3.Connection, hold: Hold | None, path: Path, clock: Callable[[], int]) -> None:
@@ -77,8 +79,12 @@ class LedgerFile:
         self.close()
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
+    def _change(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
+        """One transaction. What is not `durable` survives the end of this process, but only the next durable change
+        brings it to the disk: a machine that loses its power may forget it.
+        """
         with self._lock:
+            self._connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection

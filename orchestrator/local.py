@@ -29,7 +29,6 @@ def run(source: Source, handle: Handler, control: Control, should_stop: Callable
         history = retry.History.of(job)
         while not should_stop() and _attempt(job, handle, control, history):
             job = history.next_job(job)
-        control.forget(job.trial_id)
         source.over(job.trial_id)
 
 

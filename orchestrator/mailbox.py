@@ -19,13 +19,12 @@ class Mailbox:
         self._jobs: dict[str, Mapping[str, Any]] = {}
 
     def put(self, trial_id: str, job: Mapping[str, Any]) -> None:
-        """The trial is about to begin; what an earlier beginning of it was told no longer holds."""
-        self._control.forget(trial_id)
+        """The trial is about to begin, or to begin again."""
         self._jobs[trial_id] = job
 
-    def job(self, trial_id: str) -> Mapping[str, Any]:
-        """The job that was put for the trial."""
-        return self._jobs[trial_id]
+    def job(self, trial_id: str) -> tuple[Mapping[str, Any], str | None]:
+        """The job that was put for the trial, and why it should not even begin, if so."""
+        return self._jobs[trial_id], self._control.look(trial_id)
 
     def ask(self, trial_id: str | None, reason: str) -> None:
         """As `Control.ask`."""
@@ -35,7 +34,6 @@ class Mailbox:
         """As `Control.look`."""
         return self._control.look(trial_id)
 
-    def forget(self, trial_id: str) -> None:
-        """The trial is over."""
-        self._control.forget(trial_id)
+    def take_back(self, trial_id: str) -> None:
+        """The trial does not run; what it was told holds for the next time that it does."""
         self._jobs.pop(trial_id, None)

@@ -94,11 +94,13 @@ def result(
 
 
 def trial(ledger: Ledger, layout: TrialLayout, trial_id: str) -> None:
-    """Write configuration, log, metrics and, last, the result of a trial that is over, and settle its checkpoints.
+    """Write records, configuration, log, metrics and, last, the result of a trial that is over, and settle its
+    checkpoints.
 
     Repeating it changes nothing, so a driver that died in between is made good by the next.
     """
     row = ledger.row(trial_id)
+    records(layout, row.attempts)
     write_whole(layout.log_file, _logs(layout))
     _settle_checkpoints(layout, row.config["execution"].get("keep_steps", ()))
     write_whole(layout.config, _json(row.config))

@@ -60,12 +60,17 @@ class Recorder:
         layout: SweepLayout,
         provenance: Mapping[str, Any],
         gpus: Callable[[str], float],
+        over: Callable[[str], None],
         changed: Callable[[], None] = lambda: None,
     ) -> None:
+        """`gpus` of a trial by its id; `over` is called with the id of a trial that has come to its end, `changed`
+        after every event.
+        """
         self._ledger = ledger
         self._layout = layout
         self._provenance = provenance
         self._gpus = gpus
+        self._over = over
         self._changed = changed
         self.live: dict[str, Live] = {}
         self.broken: set[str] = set()
@@ -149,16 +154,14 @@ class Recorder:
                 self._lost(trial_id, attempt, "interrupted", charged=False)
             return
         self.live.pop(trial_id, None)
-        trial = self._layout.trial(trial_id)
         row = self._ledger.row(trial_id)
         if (row.state, row.attempts) != ("running", attempt):
             log.warning("what attempt %d of %s left behind is not accepted", attempt, row.name)
             return
-        publish.records(trial, attempt)
         before = self._ledger.seconds_before(trial_id, attempt)
         result = publish.result(row, attempt, outcome, self._provenance, self._gpus(trial_id), before)
         if self._ledger.finish(trial_id, attempt, cast(State, outcome.status), result, outcome.error):
-            publish.trial(self._ledger, trial, trial_id)
+            self._over(trial_id)
 
 
 def adopt(ledger: Ledger, layout: SweepLayout, trial_id: str, fingerprint: str | None) -> Path | None:

@@ -132,7 +132,7 @@ class Keeper:
 
     def __init__(self, mirror: Mirror, layout: SweepLayout, every: float = SNAPSHOT_SECONDS) -> None:
         """Keep `layout`'s sweep, whose ledger this process has open; a snapshot at most `every` seconds."""
-        self._mirror, self._layout, self._every = mirror, layout, every
+        self.mirror, self._layout, self._every = mirror, layout, every
         here = hashlib.sha256(f"{socket.gethostname()} {layout.ledger.resolve()}".encode()).hexdigest()[:16]
         self._drivers = f"{layout.name}/drivers"
         self._key = f"{self._drivers}/{here}.json"  # of one ledger on one machine, which the ledger's lock guards
@@ -153,7 +153,7 @@ class Keeper:
         try:
             self._refuse_others()
         except BaseException:
-            self._mirror.remote.remove(self._key)
+            self.mirror.remote.remove(self._key)
             raise
         self._thread.start()
         return self
@@ -163,7 +163,7 @@ class Keeper:
         self._over.set()
         self._thread.join()
         try:
-            self._mirror.remote.remove(self._key)
+            self.mirror.remote.remove(self._key)
         except OSError as error:
             log.warning("the hold on %s could not be given back and ends in a minute: %s", self._layout.name, error)
 
@@ -175,7 +175,7 @@ class Keeper:
         """
         with self._pushing:
             for path in _sweep_files(self._layout):
-                self._push_changed(path, self._mirror.key(path))
+                self._push_changed(path, self.mirror.key(path))
             with tempfile.TemporaryDirectory(dir=self._layout.ledger.parent, prefix=".snapshot-") as folder:
                 copy = Path(folder) / SNAPSHOT
                 snapshot(self._layout.ledger, copy)
@@ -186,7 +186,7 @@ class Keeper:
         key = f"{self._layout.name}/{SNAPSHOT}"
         digest = self._push_changed(copy, key)
         if digest is not None:
-            self._mirror.remote.put(f"{key}{_CHECKSUM}", digest.encode())
+            self.mirror.remote.put(f"{key}{_CHECKSUM}", digest.encode())
             write_whole(_last_pushed(self._layout), digest.encode())
 
     def _push_changed(self, path: Path, key: str) -> str | None:
@@ -195,7 +195,7 @@ class Keeper:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if self._sent.get(key) == digest:
             return None
-        self._mirror.remote.push(path, key)
+        self.mirror.remote.push(path, key)
         self._sent[key] = digest
         return digest
 
@@ -211,10 +211,10 @@ class Keeper:
                 log.warning("the sweep could not be copied to storage: %s", error)
 
     def _renew(self) -> None:
-        self._mirror.remote.put(self._key, json.dumps({**self._who, "renewed": _now()}).encode())
+        self.mirror.remote.put(self._key, json.dumps({**self._who, "renewed": _now()}).encode())
 
     def _refuse_others(self) -> None:
-        remote = self._mirror.remote
+        remote = self.mirror.remote
         for key in remote.sizes(self._drivers):
             if key == self._key:
                 continue

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from orchestrator.run_request import Request
 log = logging.getLogger(__name__)
 
 Handler = Callable[[str, Mapping[str, Any]], None]  # trial id, event
+
+_NODES_SECONDS = 10.0  # between two looks at what nodes a cluster has
 
 # Read by Ray when it is imported or a Tuner is built.
 _ENVIRONMENT = {
@@ -80,9 +84,20 @@ def _connect(ray: Any, address: str | None) -> None:
         ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
 
 
-def nodes(ray: Any) -> list[Mapping[str, float]]:
-    """Resources of every living node."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+class Nodes:
+    """Resources of every living node, asked for anew after a while."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._known: list[Mapping[str, float]] = []
+        self._asked = -math.inf
+
+    def __call__(self) -> list[Mapping[str, float]]:
+        now = time.monotonic()
+        if now - self._asked > _NODES_SECONDS:
+            self._asked = now
+            self._known = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return self._known
 
 
 def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop: Callable[[], bool]) -> None:

@@ -78,6 +78,7 @@ class SeedGrowth:
         self._pairs: dict[str, str | None] = {}  # of each cell the key of its baseline, as long as no cell is new
         self._order: list[str] = []  # keys of cells as they were decided, not all of which need be in the plan
         self._kept: dict[str, int] | None = None  # decisions of earlier runs
+        self._left_out = 0
         self._known: set[str] = set()  # trials of the ledger, and those that were named here
 
     def more(self, ledger: Ledger) -> list[PlannedTrial]:
@@ -94,6 +95,12 @@ class SeedGrowth:
         """As `Growth.is_over`, of the cells that the ledger has by now."""
         self._learn(ledger, ledger.states("cell"))
         return not self._undecided()
+
+    def left_out(self) -> str | None:
+        """What the budget of trials left undone, as a sentence; None where nothing."""
+        if not self._left_out:
+            return None
+        return f"{self._left_out} trials of more seeds do not fit into the budget; a larger budget.trials runs them"
 
     def _learn(self, ledger: Ledger, states: Mapping[str, State]) -> None:
         """Note trials of first blocks that are new to this object, and what earlier runs decided."""
@@ -148,6 +155,7 @@ class SeedGrowth:
         if limit is not None:
             counted |= {name for name, state in {**states, **ledger.states("search")}.items() if state not in OVER}
         trials: list[PlannedTrial] = []
+        left_out: set[str] = set()
         for cell in (self._cells[key] for key in self._order if key in self._cells):
             baseline = self._baseline_of(cell)
             for seed in range(self._more.first, cell.seeds or 0):
@@ -155,9 +163,11 @@ class SeedGrowth:
                 new = [trial for trial in pair if trial.trial_id not in self._known]
                 counted |= {trial.trial_id for trial in new}
                 if len(counted) > room:
-                    return trials
+                    left_out |= {trial.trial_id for trial in new}
+                    continue
                 self._known.update(trial.trial_id for trial in new)
                 trials += new
+        self._left_out = len(left_out)
         return trials
 
     def _trial(self, cell: _Cell, seed: int) -> PlannedTrial:

@@ -120,7 +120,7 @@ def _facts(planned: Plan, layout: SweepLayout, asked: Asked) -> _Facts:
     disk = plan_needs.disk(waiting, layout, rows)
     before, unreadable = _as_run(layout) if asked.difference else (None, [])
     notes += [*planned.notes, *plan_needs.of_seeds(planned), *starting_points.absent(planned.trials, layout.storage)]
-    notes += [*filter(None, [spec.unsupported(planned.sweep)]), *disk.warnings(), *unread, *unreadable]
+    notes += [*disk.warnings(), *unread, *unreadable]
     return _Facts(
         plan=planned,
         states=states,

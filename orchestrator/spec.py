@@ -17,7 +17,7 @@ from orchestrator.sweep import MoreSeeds, Resources, Sweep, sweep_name
 from trainers.config import TrialConfig
 from trainers.explain import explain
 
-__all__ = ["Problem", "Resources", "SpecError", "Sweep", "dump", "read_sweep", "unsupported"]
+__all__ = ["Problem", "Resources", "SpecError", "Sweep", "dump", "read_sweep"]
 
 # Parts that the schema alone decides; the others are checked setting by setting.
 _SIMPLE = ("name", "question", "seeds", "primary", "scheduler", "search", "budget")
@@ -71,11 +71,6 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
         search=simple.search,
         budget=simple.budget,
     )
-
-
-def unsupported(sweep: Sweep) -> str | None:
-    """One line on the parts of the sweep that are read and checked but not carried out; None if there are none."""
-    return None if sweep.budget is None else "budget is checked but not carried out yet; remove it to run the sweep"
 
 
 def dump(sweep: Sweep) -> str:

@@ -14,6 +14,7 @@ from orchestrator import data_sets, estimate, local, measured, publish, recorder
 from orchestrator.attempt import Job
 from orchestrator.budget import Budget
 from orchestrator.control import PRUNED, Control
+from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch, Handler
 from orchestrator.early import EarlyStopping, steps_of
 from orchestrator.growth import Growth
@@ -60,9 +61,15 @@ class SweepRun:
         seeds = None if asked.more_seeds is None else SeedGrowth(plan)
         growths: list[Growth] = [growth for growth in (self.search, seeds) if growth is not None]
         self.budget = Budget(asked.budget, ledger)
+        self.delivery = Delivery(layout, ledger)
         self.dispatch = Dispatch(ledger, self.queue, growths, self._settle, stop, self.budget.may_begin)
 
     def execute(self) -> int:
+        """Run what is missing and bring everything up to date; the exit code."""
+        with self.delivery:
+            return self._execute()
+
+    def _execute(self) -> int:
         options, layout = self.options, self.layout
         pending = self._prepare()
         if options.address is None:  # another machine may have what this one lacks
@@ -71,7 +78,7 @@ class SweepRun:
             if pending:
                 with self.budget:
                     self._train(pending, sink.notify)
-            self._publish_rest()
+            self.delivery.complete()
             self._flush(sink)
             sink.publish_map(layout.mlflow_map)
             if self.stop.signal is not None:
@@ -101,7 +108,7 @@ class SweepRun:
         self.fingerprints = self._check_data([t for t in expected(self.plan) if self._is_to_run(t.trial_id)])
         for trial in self.plan.trials:
             self._adopt(trial)
-        self._publish_rest()
+        self.delivery.complete()
         write_whole(layout.sweep_file, spec.dump(self.asked).encode())
         if self.search is not None:
             for trial_id in self.search.restart(ledger, everything=self.options.rerun):
@@ -152,12 +159,6 @@ class SweepRun:
         content = plan_json(self.plan, self.ledger.rows(), self.ledger, cost)
         write_whole(self.layout.plan, (json.dumps(content, indent=1) + "\n").encode())
 
-    def _publish_rest(self) -> None:
-        """Publish what a driver that died between ledger and files left out."""
-        layouts = {row.trial_id: self.layout.trial(row.trial_id) for row in self.ledger.rows()}
-        for trial_id in publish.missing(self.ledger, layouts):
-            publish.trial(self.ledger, layouts[trial_id], trial_id)
-
     def _check_data(self, pending: Sequence[PlannedTrial]) -> dict[str, str]:
         """Decode the data sets of pending trials here, once and with a progress bar, where trials run here too.
 
@@ -198,7 +199,7 @@ class SweepRun:
 
     def _train(self, pending: Sequence[PlannedTrial], notify: Callable[[], None]) -> None:
         dispatch = self.dispatch
-        record = Recorder(self.ledger, self.layout, publish.provenance(), self._gpus_of, notify)
+        record = Recorder(self.ledger, self.layout, publish.provenance(), self._gpus_of, self.delivery.begin, notify)
         handle = self._handler(record)
         dispatch.add(pending)
         self.screen.watch(self.ledger, record)
@@ -213,7 +214,8 @@ class SweepRun:
             self.stop.check()
             # Signals are taken over again after connecting, since Ray sets a handler of its own for SIGTERM.
             with run.cluster(self.options.address) as ray, signals(self.stop):
-                dispatch.make_job = lambda trial: self._job(trial, self._request(trial, run.nodes(ray)))
+                nodes = run.Nodes(ray)
+                dispatch.make_job = lambda trial: self._job(trial, self._request(trial, nodes()))
                 run.run(ray, dispatch, handle, self.control, lambda: self._may_leave(record))
 
     def _handler(self, record: Recorder) -> Handler:

@@ -21,6 +21,7 @@ __all__ = ["Sink", "Unavailable", "default_tracking_uri", "prepare_store", "ui_c
 
 _LEAST_PAUSE_S = 0.2  # between two passes, so that many small reports become one batch
 _BACK_OFF_S = (0.5, 10.0)  # first and longest; the longest bounds how late a server's return is noticed
+_REST = 3.0  # seconds without work for each second of processor time, while a sweep runs
 _WARN_EVERY_S = 60.0
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ class Sink:
         self._sweep, self._storage, self._description = sweep_name, redact(storage_key), description
         self._state, self._poll_s, self._timeout_s = state, poll_s, request_timeout_s
         self._wake, self._leaving, self._abandon = threading.Event(), threading.Event(), threading.Event()
+        self._hurry = threading.Event()  # set while somebody waits
+        self._used = 0.0  # processor seconds of the thread when it last rested
         self._thread = threading.Thread(target=self._loop, name="mlflow-sink", daemon=True)
         self._artifacts: list[Path] = []  # appended by the driver, taken off the front by the thread
         self._store: Store | None = None
@@ -104,9 +107,12 @@ class Sink:
     def flush(self, timeout: float) -> int:
         """Wait until MLflow has everything, `timeout` seconds at most; how much it lacks (see `close`)."""
         deadline = time.monotonic() + timeout
+        self._hurry.set()
         self._wake.set()
         while (lacking := self._lacking(leaving=False)) and time.monotonic() < deadline and self._thread.is_alive():
             time.sleep(0.05)
+        if not self._leaving.is_set():
+            self._hurry.clear()
         return lacking
 
     def close(self, timeout: float) -> int:
@@ -116,6 +122,7 @@ class Sink:
             How many points, statuses and artifacts MLflow lacks. They stay in the ledger, for the next start.
         """
         self._leaving.set()
+        self._hurry.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout)
@@ -142,6 +149,7 @@ class Sink:
 
     def _loop(self) -> None:
         pause = 0.0
+        self._used = time.thread_time()
         with environment(self._timeout_s), Ledger.open(self._ledger.path, writer=False) as reader:
             while not (self._ended or self._abandon.is_set()):
                 try:
@@ -193,6 +201,7 @@ class Sink:
                 failed = error
             except Refused as error:
                 failed = error
+            self._rest()
         try:
             self._upload(store, runs.parent_id)
         except (Unavailable, Refused) as error:  # no reason to leave the sweep's run open
@@ -204,6 +213,14 @@ class Sink:
                 self._ended = failed is None
         if failed is not None:
             raise failed
+
+    def _rest(self) -> None:
+        """Leave the processor to the driver's loop for three times as long as this thread has used it, unless somebody
+        waits for it: MLflow's client computes more for a run than the whole orchestrator does.
+        """
+        used = time.thread_time()
+        self._hurry.wait(_REST * (used - self._used))
+        self._used = time.thread_time()
 
     def _connected(self, reader: Ledger, leaving: bool) -> tuple[Store, Runs]:
         """The store and the sweep's runs in it, set right against the ledger when first reached."""

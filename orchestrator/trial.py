@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray import tune
@@ -38,11 +39,12 @@ class ThinTrial(tune.Trainable):
         return True
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self._job = Job(**ray.get(self._mailbox.job.remote(config["trial"])))
+        job, self._reason = ray.get(self._mailbox.job.remote(config["trial"]))
+        self._job = Job(**job)
         self._history = retry.History.of(self._job)
         self._running = False
         self._number = 0
-        self._looked = 0.0
+        self._looked = time.monotonic()
 
     def step(self) -> dict[str, Any]:
         events = self._next_events() if self._running else self._start_attempt()
@@ -53,14 +55,18 @@ class ThinTrial(tune.Trainable):
         folder = Path(self._job.folder)
         while (reason := self._told()) is None and not retry.has_room(folder):
             time.sleep(LOOK_SECONDS)
-        if reason is not None:  # do not even begin
+        if reason == INTERRUPTED:  # do not even begin
             return [{"kind": "ended", "attempt": 0, "outcome": Outcome(INTERRUPTED).to_json()}]
         self._number = TrialLayout(folder).begin_attempt(self._job.attempts)
+        started = {"kind": "started", "attempt": self._number, "process": process_name()}
+        if reason is not None:  # told before, of an attempt that was lost since
+            outcome = Outcome(reason, steps=self._job.last_step)
+            return [started, {"kind": "ended", "attempt": self._number, "outcome": outcome.to_json()}]
         if self._ranks is None:
             self._ranks = Ranks(self._job.ranks)
         self._ranks.start(self._job, self._number)
         self._running = True
-        return [{"kind": "started", "attempt": self._number, "process": process_name()}]
+        return [started]
 
     def _next_events(self) -> list[Event]:
         """Wait for the first rank's next events, or for what becomes of the attempt."""
@@ -83,14 +89,11 @@ class ThinTrial(tune.Trainable):
     def _told(self) -> str | None:
         """Why the trial should leave, asked at most twice a second; None where nobody answers any more."""
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS and self._running:
-            return None
-        self._looked = now
-        try:
-            reason: str | None = ray.get(self._mailbox.look.remote(self._job.trial_id), timeout=5.0)
-        except (ray.exceptions.RayError, TimeoutError):  # the driver is gone or cut off, which is its affair
-            return None
-        return reason
+        if self._reason is None and now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # the driver is gone or cut off
+                self._reason = ray.get(self._mailbox.look.remote(self._job.trial_id), timeout=5.0)
+        return cast("str | None", self._reason)
 
     def _ended(self, found: Ended) -> list[Event]:
         self._running = False

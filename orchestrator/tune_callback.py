@@ -42,7 +42,7 @@ class Draws(Searcher):
     def over(self, trial_id: str) -> None:
         """Tune has ended the trial."""
         if self._source is not None:
-            self._mailbox.forget.remote(trial_id)
+            self._mailbox.take_back.remote(trial_id)
             self._source.over(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

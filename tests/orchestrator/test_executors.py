@@ -107,8 +107,11 @@ class Driver:
         self.ledger = Ledger.open(self.layout.ledger)
         self.ledger.plan([self.trial])
         self.folder = self.layout.trial(self.trial.trial_id)
-        self.recorder = Recorder(self.ledger, self.layout, PROVENANCE, lambda _trial_id: 0.5)
+        self.recorder = Recorder(self.ledger, self.layout, PROVENANCE, lambda _trial_id: 0.5, self.publish)
         self.control = ASKED_BY_TRIALS.setdefault(folder / "runs", Control())
+
+    def publish(self, trial_id: str) -> None:
+        publish.trial(self.ledger, self.layout.trial(trial_id), trial_id)
 
     def job(self, function: str) -> Job:
         return Job(
