@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from analysis.schemas import METRICS, RUNS, STATUSES, TOKEN_NORMS, TOKEN_STATISTICS, canonical, setting_column
 
+IMPORTED = "imported"  # a setting of results of other tools: that they are
+
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
@@ -106,8 +108,9 @@ def collect(folder: Path) -> Frames:
         settings.append(_read_settings(place / "config.json", trial, row["status"], problems))
         if row["status"] == "missing":
             continue  # nothing of it has been accepted yet
+        ours = settings[-1].get("command") is None and not settings[-1].get(IMPORTED)
         for file in _FILES:
-            expected = file.expected and row["status"] == "finished"
+            expected = file.expected and row["status"] == "finished" and (ours or file.name == "metrics")
             tables[file.name] += _read_table(place, file, trial.trial_id, expected, problems)
     return Frames(
         folder=folder,

@@ -233,6 +233,7 @@ FLAGS = {
     "chosen_on_val": "the best linear head was chosen on the validation images, where scores are therefore optimistic",
     "diverged": "trials diverged (NaN or infinite loss) and are not in the mean",
     "failed": "trials failed and are not in the mean",
+    "imported": "results come from another tool, and nothing but their settings is known of how they were made",
     "missing": "trials have no score yet",
     "mixed_data": "trials saw data with different fingerprints",
     "mixed_device": "trials ran on different kinds of devices",

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from analysis import discovery, statistics, thresholds
 from analysis.cells import Cell, baseline_of, cells, is_baseline
-from analysis.collect import Frames, SweepPlan
+from analysis.collect import IMPORTED, Frames, SweepPlan
 from analysis.schemas import ABLATION, STATUSES, setting_column
 
 NO_BASELINE = "none: no baseline"
@@ -118,7 +118,7 @@ def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores
 
 def _states(frames: Frames) -> dict[str, dict[str, Any]]:
     """Status, provenance and, where there are any, the settings that flags are about, of every trial by trial_id."""
-    settings = [name for name in (_WEIGHTS, _SELECT_ON) if name in frames.runs.column_names]
+    settings = [name for name in (_WEIGHTS, _SELECT_ON, IMPORTED) if name in frames.runs.column_names]
     columns = frames.runs.select(["trial_id", "status", *_PROVENANCE, *settings])
     return {row["trial_id"]: row for row in columns.to_pylist()}
 
@@ -222,11 +222,13 @@ def _cell_flags(cell: Cell, baseline: Cell | None, states: Mapping[str, Mapping[
     """Flags of all rows of a cell.
 
     `mixed_X`: its finished trials differ in X; `baseline_other_X`: they differ in it from the baseline's;
-    `observational`: its weights were not trained here, but named, and by no trial's id.
+    `observational`: its weights were not trained here, but named, and by no trial's id; `imported`: results of some of
+    its trials come from other tools.
     """
     weights = {states[trial.trial_id].get(_WEIGHTS) for trial in cell.trials}
     named = any(name is not None and not _TRIAL.fullmatch(name) for name in weights)
     flags: set[str] = {"observational"} if named else set()
+    flags |= {"imported"} if any(states[trial.trial_id].get(IMPORTED) for trial in cell.trials) else set()
     for column, name in _PROVENANCE.items():
         own = _finished(cell, column, states)
         if len(own) > 1:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def dry(config: TrialConfig) -> TrialConfig:
 class _Watch:
     """Counts steps by how often it is asked whether training should stop, and says so once there are enough."""
 
-    def __init__(self, wait: Any) -> None:
+    def __init__(self, wait: Callable[[], object]) -> None:
         """`wait` returns once the device has done all that it was given."""
         self._wait = wait
         self.moments: list[float] = []

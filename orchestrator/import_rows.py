@@ -206,12 +206,13 @@ class _Table:
 
     def _checked(self, line: int, name: str, value: Any, raw: Any) -> Any:
         whole = int(value) if isinstance(value, float) and value.is_integer() else value  # 4.0 beside empty cells
-        faults: list[Fault] = []
+        said: list[Fault] = []
         for candidate in (value, whole, raw):
             held, faults = check(name, candidate)
             if not faults:
                 return list(held) if isinstance(held, tuple) else held
-        self._report(line, faults[0].message)
+            said += faults
+        self._report(line, said[0].message)
         return None
 
     def _whole(self, line: int, row: Mapping[str, Any], column: str, most: int) -> int | None:

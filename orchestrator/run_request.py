@@ -23,7 +23,7 @@ class Request:
 
     def bundles(self) -> list[dict[str, float]]:
         """What the trial's placement group holds: a sliver for the thin trial, and a share for each rank."""
-        cpus = max((self.cpus - HEAD_CPUS) / self.ranks, HEAD_CPUS)
+        cpus = max(self.cpus / self.ranks - HEAD_CPUS, HEAD_CPUS)
         rank = {"CPU": round(cpus, 4), "GPU": self.gpus / self.ranks}
         return [{"CPU": HEAD_CPUS}, *[{name: n for name, n in rank.items() if n > 0}] * self.ranks]
 

@@ -17,7 +17,7 @@ MAX_SAMPLES = 10_000  # of a search in one cell
 FIRST_SEARCH_SEED = 1000  # far from those of cells, so that a sweep that gets more seeds keeps its searches
 
 # Folders and files that stand beside the sweeps in storage and state.
-RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db")
+RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "measured.json")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
 _METRIC = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)+")

@@ -55,11 +55,11 @@ class SweepRun:
         self.queue, self.control = Queue(options.max_concurrent), Control()
         self.fingerprints: dict[str, str] = {}
         self.said: set[tuple[Request, Request]] = set()
-        self.requests: dict[str, Request] = {}
+        self.gpus: dict[str, float] = {}
         self.search = None if asked.search is None else SearchGrowth(plan, layout.state)
         self.early = EarlyStopping.of(asked)
-        seeds = None if asked.more_seeds is None else SeedGrowth(plan)
-        growths: list[Growth] = [growth for growth in (self.search, seeds) if growth is not None]
+        self.seeds = None if asked.more_seeds is None else SeedGrowth(plan)
+        growths: list[Growth] = [growth for growth in (self.search, self.seeds) if growth is not None]
         self.budget = Budget(asked.budget, ledger)
         self.delivery = Delivery(layout, ledger)
         self.dispatch = Dispatch(ledger, self.queue, growths, self._settle, stop, self.budget.may_begin)
@@ -235,7 +235,8 @@ class SweepRun:
         return handle
 
     def _gpus_of(self, trial_id: str) -> float:
-        return self.requests[trial_id].gpus if trial_id in self.requests else 0.0
+        """What a trial has, of what it asked for: a GPU that is merely there in this process is no GPU-hour."""
+        return self.gpus.get(trial_id, 0.0)
 
     def _may_leave(self, record: Recorder) -> bool:
         """Whether Tune may end: a signal came, and every trial has left or had its time to."""
@@ -256,7 +257,7 @@ class SweepRun:
 
     def _job(self, trial: PlannedTrial, request: Request) -> tuple[Job, Request]:
         row = self.ledger.row(trial.trial_id)
-        self.requests[trial.trial_id] = request
+        self.gpus[trial.trial_id] = request.gpus if trial.resources.gpus else 0.0
         self.budget.begin(trial.trial_id)
         job = Job(
             trial_id=trial.trial_id,
@@ -290,9 +291,10 @@ class SweepRun:
             self.screen.say(line)
         left = self.budget.left_out(sum(row.state == "planned" for row in rows))
         barren = [] if self.search is None else self.search.barren(self.ledger)
-        for line in filter(None, [*barren, self.queue.closed, left]):
+        lacking = None if self.seeds is None else self.seeds.left_out()
+        for line in filter(None, [*barren, self.queue.closed, left, lacking]):
             self.screen.say(line)
-        over = self.search is None or (self.search.is_over(self.ledger) and not barren)
+        over = lacking is None and (self.search is None or (self.search.is_over(self.ledger) and not barren))
         return DONE if over and all(row.state == "finished" for row in rows if row.role == "cell") else SOME_FAILED
 
 

@@ -37,6 +37,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._layout.settings.unlink(missing_ok=True)  # of an earlier run, which this command's options replace
+        self._try_to_look()  # before the first trial begins
         self._thread.start()
         return self
 
@@ -46,10 +47,13 @@ class Watch:
 
     def _loop(self) -> None:
         while not self._ended.wait(_LOOK_SECONDS):
-            try:
-                self._look()
-            except Exception:
-                log.exception("what the sweep was told could not be looked up")
+            self._try_to_look()
+
+    def _try_to_look(self) -> None:
+        try:
+            self._look()
+        except Exception:
+            log.exception("what the sweep was told could not be looked up")
 
     def _look(self) -> None:
         if self._leaving():

@@ -324,7 +324,7 @@ class TrialConfig(Section):
         "of the identity",
     )
     seed: int = Field(0, ge=0, le=2**32 - 1)
-    command: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], LISTED, Field(min_length=1)] | None = Field(
+    command: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1), LISTED] | None = Field(
         None, description="words of the program that is the trial, as in [torchrun, mine.py]; null for our own trainers"
     )
     program: ProgramSettings | None = Field(None, description="free settings of that program by name")

@@ -59,9 +59,9 @@ VALUE_SCHEMA: dict[str, Any] = {"anyOf": [_SCALAR_SCHEMA, {"type": "array", "ite
 
 ProgramSettings = Annotated[
     dict[str, Annotated[Any, BeforeValidator(_value), WithJsonSchema(VALUE_SCHEMA)]],
+    Field(min_length=1),
     BeforeValidator(_flat),
     AfterValidator(_named),
-    Field(min_length=1),
 ]
 
 

@@ -11,6 +11,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
 from orchestrator.sweep import Budget as Limits
 from orchestrator.sweep import Sweep
+from tests.orchestrator.sweeps import Small
 
 NANO = {"preset": "short", "model.size": "nano", "model.patch_size": 8}
 HOUR = 3600
@@ -165,3 +166,20 @@ def test_asking_is_cheap_with_10000_trials(tmp_path: Path) -> None:
             assert budget.exhausted() is None
         assert (time.process_time() - started) / 10 < 0.1
         assert budget.spent().gpu_hours == 20_000
+
+
+@pytest.mark.slow
+def test_a_real_sweep_stops_at_its_budget_and_goes_on_with_a_larger_one(tmp_path: Path) -> None:
+    small = Small(tmp_path, steps=6)
+    small.write(budget={"trials": 3})
+    done = small.run("--in-process")
+    assert done.returncode == 1, done.stderr
+    assert "the budget of 3 trials is used up; 1 more are planned" in done.stdout
+    assert len(small.attempts()) == 3
+    small.write(budget={"trials": 4, "hours": 1e-6})
+    done = small.run("--in-process")
+    assert done.returncode == 1, done.stdout
+    assert "the budget of 1e-06 hours is used up" in done.stdout
+    small.write(budget={"trials": 4})
+    assert small.run("--in-process").returncode == 0
+    assert sorted(small.attempts().values())[:3] == [1, 1, 1]

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -12,19 +13,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from orchestrator import program, program_records, program_report
+from orchestrator import program, program_records, program_report, publish
 from orchestrator.attempt import Job, Outcome, run_attempt
 from orchestrator.estimate import estimate
 from orchestrator.layout import TrialLayout
 from orchestrator.plan import build_plan
 from orchestrator.program_report import ProgramReport, WrongReports
+from orchestrator.schema import sweep_schema
 from orchestrator.spec import SpecError, dump, read_sweep
 from orchestrator.sweep import Sweep
+from tests.orchestrator.sweeps import ORCHESTRATE, environment, run
 from trainers.config import TrialConfig, identity, resolve, trial_id
 from trainers.evaluate import _PER_IMAGE, _PROBES
 from trainers.tokens.statistics import SCHEMA as TOKEN_STATISTICS
@@ -131,6 +136,14 @@ class TestSweepFile:
         path = tmp_path / "again.yaml"
         path.write_text(dump(read_sweep(EXAMPLE)))
         assert read_sweep(path) == read_sweep(EXAMPLE)
+
+    def test_editors_know_free_settings(self) -> None:
+        schema = jsonschema.Draft202012Validator(sweep_schema())
+        sweep = yaml.safe_load(EXAMPLE.read_text())
+        assert schema.is_valid(sweep)
+        assert schema.is_valid({**sweep, "trial": {"command": ["x"], "program": {"a": [1, "b"], "c.d": None}}})
+        for wrong in ({"command": []}, {"program": {}}, {"program": {"a": {}}}, {"program.a b": 1}, {"program": 3}):
+            assert not schema.is_valid({**sweep, "trial": wrong}), wrong
 
     def read(self, folder: Path, text: str) -> Sweep:
         path = folder / "s.yaml"
@@ -412,6 +425,17 @@ class TestLeaving:
         assert f"from {saved}\n" in trial.log
         assert not (trial.folder / "checkpoints").exists()  # an empty folder is no checkpoint
 
+    def test_of_several_attempts_the_newest_checkpoints_are_kept(self, tmp_path: Path) -> None:
+        trial = Trial(tmp_path, 'echo "$1" > "$ORCHESTRATE_DIRECTORY/checkpoints/state"; exit 75')
+        for number in ("one", "two", "three"):
+            trial.config = resolve({**trial.config.model_dump(), "command": ["sh", str(trial.script), number]})
+            trial.run()
+        trial.script.write_text("")  # one that writes none leaves those before
+        trial.run()
+        publish._settle_checkpoints(trial.layout, ())
+        assert (trial.layout.checkpoints / "state").read_text() == "three\n"
+        assert [folder for folder in trial.layout.checkpoint_folders() if folder.exists()] == [trial.layout.checkpoints]
+
     @pytest.mark.parametrize("reason", ["stopped", "pruned"])
     def test_one_that_does_not_look_gets_sigterm(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
@@ -520,3 +544,51 @@ class TestRecords:
         trial = Trial(tmp_path, 'echo no > "$ORCHESTRATE_DIRECTORY/token_norms.parquet"')
         assert trial.run().status == "finished"
         assert "token_norms.parquet is not published: it cannot be read" in trial.log
+
+
+class TestSweep:
+    def test_a_shell_script_becomes_an_ablation_table(self, tmp_path: Path) -> None:
+        storage = tmp_path / "runs"
+        options = ("sweep", str(EXAMPLE), "--storage", str(storage), "--in-process")
+        done = run([*ORCHESTRATE, *options], 120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "token_norms" not in done.stdout
+        rows = pq.read_table(storage / "descent" / "tables" / "ablation.parquet").to_pylist()
+        found = {(row["program.lr"], row["metric"]): row for row in rows}
+        slow, fast = found[0.1, "test/objective"], found[0.3, "test/objective"]
+        assert (slow["n"], fast["n"], fast["n_paired"]) == (3, 3, 3)
+        # f(x) = x² / 2 after 10 steps of x ← (1 - lr) x: both come from the same start.
+        assert fast["mean"] / slow["mean"] == pytest.approx((0.7 / 0.9) ** 20, rel=1e-5)
+        before = {path: path.read_bytes() for path in (storage / "descent" / "tables").iterdir()}
+        runs = pq.read_table(storage / "descent" / "tables" / "runs.parquet").to_pylist()
+        assert {row["steps"] for row in runs} == {10} and {row["program.steps"] for row in runs} == {10}
+        assert not {name for name in runs[0] if name.startswith(("optim.", "tokens.", "model."))}
+        with sqlite3.connect(storage / "mlflow.db") as mlflow:
+            statuses = mlflow.execute("SELECT status FROM runs").fetchall()
+            lr = mlflow.execute("SELECT value FROM params WHERE key = 'program.lr'").fetchall()
+        assert statuses == [("FINISHED",)] * 7 and sorted(lr) == [("0.1",)] * 3 + [("0.3",)] * 3
+        again = run([*ORCHESTRATE, *options], 120)
+        assert again.returncode == 0 and before == {path: path.read_bytes() for path in before}
+        status = run([*ORCHESTRATE, "status", "descent", "--storage", str(storage)], 60)
+        assert status.stdout.count("finished") == 6, status.stderr
+
+    @pytest.mark.slow
+    def test_a_sweep_that_is_interrupted_goes_on_where_it_was(self, tmp_path: Path) -> None:
+        storage = tmp_path / "runs"
+        command = [*ORCHESTRATE, "sweep", str(EXAMPLE), "--storage", str(storage), "--in-process"]
+        command += ["--set", "seeds=[0]", "--set", "axes.program.lr=[0.3]", "--set", "baseline=null"]
+        slow = {**environment(), "DESCENT_PAUSE": "0.5"}
+        process = subprocess.Popen(command, env=slow, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            wait_until(lambda: any(storage.glob("descent/trials/*/attempts/1/checkpoints/state")), 60)
+            process.send_signal(signal.SIGTERM)
+            output, _ = process.communicate(timeout=30)
+            assert process.returncode == 143, output
+        finally:
+            process.kill()
+        left = int(next(storage.glob("descent/trials/*/attempts/1/checkpoints/state")).read_text().split()[0])
+        assert run(command, 120).returncode == 0
+        log = next(storage.glob("descent/trials/*/log.txt")).read_text()
+        assert f"begins at step {left} with x" in log and 0 < left < 10
+        kept = next(storage.glob("descent/trials/*/checkpoints/state"))
+        assert kept.read_text().split()[0] == "10"

@@ -14,7 +14,7 @@ from orchestrator.holder import SweepHeld
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.remote import Remote
-from orchestrator.remote_delivery import Delivery
+from orchestrator.remote_delivery import RemoteDelivery
 from orchestrator.remote_sweep import SNAPSHOT, DrivenElsewhere, Keeper
 from orchestrator.remote_trial import Mirror
 from tests.orchestrator.test_ledger import FakeConfig, FakeTrial
@@ -74,7 +74,7 @@ def test_a_new_machine_has_ledger_and_results_of_the_lost_one(tmp_path: Path) ->
         (layout.tables / "ablation.parquet").write_bytes(b"table")
         with Keeper(mirror, layout) as keeper:
             keeper.push()
-            Delivery(mirror, layout, ledger).complete()
+            RemoteDelivery(mirror, layout, ledger).complete()
     assert {f"sweep/{SNAPSHOT}", "sweep/plan.json", "sweep/tables/ablation.parquet"} < set(mirror.remote.sizes())
     there, fresh = machine(tmp_path / "far", tmp_path / "two")
     assert remote_sweep.restore(there, fresh)
@@ -92,7 +92,7 @@ def test_a_trial_that_finished_after_the_last_snapshot_is_adopted(tmp_path: Path
             keeper.push()
             shutil.rmtree(layout.trial(ID).root, ignore_errors=True)
             finish(layout, ledger)
-            Delivery(mirror, layout, ledger).complete()
+            RemoteDelivery(mirror, layout, ledger).complete()
     there, fresh = machine(tmp_path / "far", tmp_path / "two")
     remote_sweep.restore(there, fresh)
     with Ledger.open(fresh.ledger) as ledger:
@@ -142,7 +142,7 @@ def test_results_of_other_sweeps_in_the_storage_are_adopted(tmp_path: Path) -> N
     mirror, other = machine(tmp_path / "far", tmp_path / "one", "other")
     with Ledger.open(other.ledger) as ledger:
         finish(other, ledger)
-        Delivery(mirror, other, ledger).complete()
+        RemoteDelivery(mirror, other, ledger).complete()
     there, layout = machine(tmp_path / "far", tmp_path / "two")
     with Ledger.open(layout.ledger) as ledger:
         ledger.plan([TRIAL])
@@ -224,7 +224,7 @@ def test_records_of_the_accepted_attempt_alone_are_published(tmp_path: Path) -> 
     mirror, layout = machine(far, tmp_path / "driver")
     for number in (1, 2, 3):
         attempt_elsewhere(far, tmp_path / f"node {number}", number)
-    with Ledger.open(layout.ledger) as ledger, Delivery(mirror, layout, ledger) as delivery:
+    with Ledger.open(layout.ledger) as ledger, RemoteDelivery(mirror, layout, ledger) as delivery:
         end(ledger, attempt=2)  # 3 is an orphan's
         delivery.begin(ID)
         delivery.complete()
@@ -241,7 +241,7 @@ def test_a_driver_that_died_before_the_delivery_is_made_good_by_the_next(tmp_pat
     attempt_elsewhere(far, tmp_path / "node", 1)
     with Ledger.open(layout.ledger) as ledger:
         end(ledger)
-    with Ledger.open(layout.ledger) as ledger, Delivery(mirror, layout, ledger) as delivery:
+    with Ledger.open(layout.ledger) as ledger, RemoteDelivery(mirror, layout, ledger) as delivery:
         delivery.complete()
     assert published(far)["probes.parquet"] == b"rows of 1"
 
@@ -253,7 +253,7 @@ def test_a_store_that_is_away_delays_the_delivery_and_is_said_at_the_end(
     mirror, layout = machine(far, tmp_path / "driver")
     far.mkdir()
     (far / "sweep").write_text("a file where a folder should be")
-    with Ledger.open(layout.ledger) as ledger, Delivery(mirror, layout, ledger) as delivery:
+    with Ledger.open(layout.ledger) as ledger, RemoteDelivery(mirror, layout, ledger) as delivery:
         end(ledger)
         delivery.begin(ID)
         with pytest.raises(OSError, match="storage"):
@@ -269,7 +269,7 @@ def test_a_trial_that_runs_again_has_no_result_in_the_store_meanwhile(anew: bool
     far = tmp_path / "far"
     mirror, layout = machine(far, tmp_path / "driver")
     attempt_elsewhere(far, tmp_path / "node", 1)
-    with Ledger.open(layout.ledger) as ledger, Delivery(mirror, layout, ledger) as delivery:
+    with Ledger.open(layout.ledger) as ledger, RemoteDelivery(mirror, layout, ledger) as delivery:
         end(ledger)
         delivery.complete()
         delivery.renew(ID, from_first_step=anew)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
@@ -19,6 +20,7 @@ from orchestrator.schema import sweep_schema
 from orchestrator.seeds import SeedGrowth, baseline_of, sample_size
 from orchestrator.spec import SpecError, dump, read_sweep
 from orchestrator.sweep import Budget, MoreSeeds, Sweep, Until
+from tests.orchestrator.sweeps import Small
 
 NANO = {"preset": "short", "model.size": "nano", "model.patch_size": 8}
 METRIC = "test/linear/top1"
@@ -201,8 +203,11 @@ def test_a_budget_of_trials_cuts_whole_pairs_off_and_a_larger_one_adds_them(ledg
     wide = plan_of(halfwidth=2.0, budget=Budget(trials=30))
     plan = plan_of(halfwidth=2.0, budget=Budget(trials=budget))
     ledger.plan(plan.trials)
-    added = run(ledger, SeedGrowth(plan), noisy)
+    growth = SeedGrowth(plan)
+    added = run(ledger, growth, noisy)
     assert added == [(0, 3), (2, 3), (0, 4), (2, 4)][: (budget - 9) // 2 * 2]
+    said = f"{4 - len(added)} trials of more seeds do not fit into the budget; a larger budget.trials runs them"
+    assert growth.left_out() == (None if len(added) == 4 else said)
     assert len(ledger.begun()) <= budget
     ledger.plan(wide.trials)  # the next run
     assert run(ledger, SeedGrowth(wide), noisy) == [(0, 3), (2, 3), (0, 4), (2, 4)]
@@ -339,3 +344,23 @@ class TestFile:
         published = build_plan(self.read(tmp_path)).to_json()
         assert published["seeds"] == [0, 1, 2]
         assert published["more_seeds"] == {"first": 3, "most": 10, "until": {"metric": METRIC, "halfwidth": 0.005}}
+
+
+@pytest.mark.slow
+def test_a_real_sweep_gets_more_seeds_within_its_budget(tmp_path: Path) -> None:
+    """A halfwidth that no number of seeds reaches; 7 trials hold one pair more than the first block of two cells."""
+    until = {"metric": "train/loss", "halfwidth": 1e-6}
+    small = Small(tmp_path, steps=6)
+    for trials, seeds in ((7, 3), (100, 5)):
+        small.write(seeds={"first": 2, "most": 5, "until": until}, budget={"trials": trials})
+        done = small.run("--in-process")
+        assert done.returncode in (0, 1), done.stderr
+        rows = pq.read_table(small.root / "tables" / "ablation.parquet").to_pylist()
+        losses = [row for row in rows if row["metric"] == "train/loss"]
+        assert [(row["n"], row["n_missing"]) for row in losses] == [(seeds, 0), (seeds, 0)]
+        assert [row["flags"] for row in losses] == [["adaptive", "baseline"], ["adaptive"]]
+        assert losses[1]["interval_method"] == "stein two-stage t"
+    tables = small.tables()
+    assert small.run("--in-process").returncode == 0
+    assert small.tables() == tables
+    assert set(small.attempts().values()) == {1}

@@ -293,7 +293,13 @@ def test_a_thousand_finished_trials_are_planned_in_a_second(
     example: Example, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example.write(seeds=list(range(500)))
-    result = {"images_per_second": 2000.0, "seconds": 60.0, "device": "cpu", "threads": 1, "attempts": 1}
+    result: dict[str, Any] = {
+        "images_per_second": 2000.0,
+        "seconds": 60.0,
+        "device": "cpu",
+        "threads": 1,
+        "attempts": 1,
+    }
     example.run(dict.fromkeys(range(0, 1000, 2), 0.5), **result)
     started = time.process_time()
     lines = example.show(capsys, difference=True)

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.plan import build_plan
 from orchestrator.schema import sweep_schema
-from orchestrator.spec import Resources, SpecError, Sweep, dump, read_sweep, unsupported
+from orchestrator.spec import Resources, SpecError, Sweep, dump, read_sweep
 from orchestrator.yaml_file import read
 from trainers.catalog import TRAINING_METHODS
 from trainers.config import fields
@@ -83,12 +83,6 @@ def test_what_is_left_out_has_defaults(tmp_path: Path) -> None:
     path.write_text("name: short\naxes: {method: [deit3]}\n")
     sweep = read_sweep(path)
     assert (sweep.seeds, sweep.trial, sweep.baseline, sweep.resources) == ((0,), {}, None, Resources(gpus=0, cpus=1))
-    assert unsupported(sweep) is None
-
-
-def test_parts_that_are_not_carried_out_are_named(full: Path) -> None:
-    assert unsupported(read_sweep(full)) == "budget is checked but not carried out yet; remove it to run the sweep"
-    assert unsupported(read_sweep(full, ["budget=null"])) is None
 
 
 def test_a_sweep_that_is_written_is_read_back_equal(full: Path, tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""Drivers of small sweeps in forked processes that have everything imported, and that kill themselves where told."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from orchestrator.layout import SweepLayout
+from orchestrator.ledger import Ledger
+from tests.orchestrator.sweeps import Small
+
+# Imported once, by the process that all drivers are forked from.
+_PRELOADED = (
+    *("torch", "timm", "mlflow", "mlflow.store.tracking.sqlalchemy_store", "pyarrow.parquet", "matplotlib.pyplot"),
+    *("pytest", "pandas", "sklearn.linear_model", "scipy.stats"),
+    *("orchestrator.driver", "orchestrator.tracking", "trainers.train", "analysis.run", "analysis.report"),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the program: just before or after the n-th call of a function, counted from the driver's start."""
+
+    function: str  # "module:function" or "module:Class.method"
+    when: Literal["before", "after"]
+    call: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.when}-{self.function.rpartition(':')[2]}-{self.call}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that a forked driver needs to know."""
+
+    file: str
+    storage: str
+    output: str
+    point: Point | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    setup: str | None = None  # "module:function", called before the driver with the storage folder
+
+
+def begin(
+    small: Small, point: Point | None = None, *, setup: str | None = None, **options: Any
+) -> multiprocessing.process.BaseProcess:
+    """Start an in-process driver of `small`'s sweep; it dies by SIGKILL at `point`, if it gets there."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_PRELOADED))
+    output = small.folder / "output.txt"
+    start = Start(str(small.folder / "small.yaml"), str(small.storage), str(output), point, options, setup)
+    process = context.Process(target=_drive, args=(start,))
+    process.start()
+    return process
+
+
+def drive(small: Small, point: Point | None = None, *, setup: str | None = None, **options: Any) -> int:
+    """The exit code of a driver of `small`'s sweep, -9 where it was killed."""
+    process = begin(small, point, setup=setup, **options)
+    process.join(180)
+    assert process.exitcode is not None, "the driver did not end"
+    return process.exitcode
+
+
+def output(small: Small) -> str:
+    """What the last forked driver of `small` has written on its standard streams."""
+    return (small.folder / "output.txt").read_text()
+
+
+def _drive(start: Start) -> None:
+    descriptor = os.open(start.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from orchestrator import driver
+
+    if start.setup is not None:
+        _resolve(start.setup)(Path(start.storage))
+    if start.point is not None:
+        die_at(start.point)
+    folder = Path(start.storage)
+    options = {"in_process": True, "quiet": True, **start.options}
+    code = driver.sweep(driver.Options(file=Path(start.file), storage=folder, state=folder, **options))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _resolve(name: str) -> Any:
+    module, _, path = name.partition(":")
+    return functools.reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+def die_at(point: Point) -> None:
+    """From now on this process ends itself by SIGKILL at `point`."""
+    module, _, path = point.function.partition(":")
+    *outer, name = path.split(".")
+    owner = functools.reduce(getattr, outer, importlib.import_module(module))
+    real, calls, lock = getattr(owner, name), iter(range(1, 1_000_000)), threading.Lock()
+
+    @functools.wraps(real)
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        with lock:
+            is_here = next(calls) == point.call
+        if is_here and point.when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **named)
+        if is_here:
+            if isinstance(result, AbstractContextManager):
+                return _DiesAtItsEnd(result)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+class _DiesAtItsEnd(AbstractContextManager[Any]):
+    """A context that ends as the real one does, and the process with it."""
+
+    def __init__(self, real: AbstractContextManager[Any]) -> None:
+        self._real = real
+
+    def __enter__(self) -> Any:
+        return self._real.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._real.__exit__(*error)
+        os.kill(os.getpid(), signal.SIGKILL)
