@@ -26,6 +26,7 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 log = logging.getLogger(__name__)
 
+PROGRAM = "orchestrator.program:run"  # of trials that have a command
 TRAIN = "orchestrator.training:run"  # "module:function"; benchmarks and tests put others in its place
 
 # Errors that the same settings may survive on another try; everything else is the user's or ours, and final.

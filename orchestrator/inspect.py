@@ -39,12 +39,17 @@ def status(sweep: str | None, storage: Path, state: Path, *, failures: bool) -> 
 
 
 def _line(row: TrialRow) -> str:
-    step = "" if row.last_step is None else f" step {row.last_step}/{row.config['optim']['steps']}"
+    step = "" if row.last_step is None else f" step {row.last_step}{_of_steps(row)}"
     error = ""
     if row.error is not None:
         text = str(row.error.get("message") or row.error.get("type"))
         error = f" — {text.splitlines()[0][:100]}"
     return f"{row.trial_id} {row.state:9} attempts {row.attempts}{step}  {row.name}{error}"
+
+
+def _of_steps(row: TrialRow) -> str:
+    steps = row.config.get("optim", {}).get("steps")  # of programs and of imported trials only what was given
+    return "" if steps is None else f"/{steps}"
 
 
 def logs(trial: str, storage: Path, state: Path) -> None:

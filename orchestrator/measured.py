@@ -267,6 +267,8 @@ def settled(resources: Resources, config: TrialConfig, samples: Sequence[Sample]
     """
     if resources.gpus != "auto":
         return resources
+    if config.command is not None:
+        raise ValueError("resources.gpus is auto, and what a program needs is not known; give a number")
     needed = need(config, samples, on_gpu=True)
     name = f"{config.method} {config.model.size}"
     if needed.capacity is None:

@@ -122,10 +122,11 @@ def describe(name: str, ledger: Ledger, recorder: Recorder, elapsed: float) -> s
 
 def seconds_left(live: list[Live], planned: int, speed: float) -> float | None:
     """Images that are still to be trained on over the present speed; planned trials count as long as live ones."""
-    if not live or speed <= 0:
+    known = [(t.steps, t.step, t.batch_size) for t in live if t.steps is not None and t.batch_size is not None]
+    if speed <= 0 or not known or len(known) < len(live):
         return None
-    running = sum((trial.steps - trial.step) * trial.batch_size for trial in live)
-    average = sum(trial.steps * trial.batch_size for trial in live) / len(live)
+    running = sum((steps - step) * batch_size for steps, step, batch_size in known)
+    average = sum(steps * batch_size for steps, _, batch_size in known) / len(known)
     return (running + planned * average) / speed
 
 

@@ -28,8 +28,8 @@ class Live:
     """What the screen shows of one running trial."""
 
     name: str
-    steps: int
-    batch_size: int
+    steps: int | None  # null where a program was not given them
+    batch_size: int | None
     step: int = 0
     known: int = 0  # the last step that earlier attempts reported, which this one may report again
     first_step: int | None = None
@@ -44,7 +44,7 @@ class Live:
     def images_per_second(self, now: float) -> float:
         """Speed since the first new report of this attempt, evaluation included; 0 before there is a second one."""
         done = 0 if self.first_step is None else self.step - self.first_step
-        return done * self.batch_size / max(now - self.since, 1e-9)
+        return done * (self.batch_size or 0) / max(now - self.since, 1e-9)
 
 
 class Recorder:
@@ -122,8 +122,8 @@ class Recorder:
             self._lost(trial_id, row.attempts, "the trial's process ended")
         host, _, pid = event["process"].rpartition(":")
         self._ledger.start_attempt(trial_id, event["attempt"], host, int(pid), self._gpus(trial_id))
-        optim = row.config["optim"]
-        self.live[trial_id] = Live(row.name, optim["steps"], optim["batch_size"], known=row.last_step or 0)
+        optim = row.config.get("optim", {})  # of a program only what was given
+        self.live[trial_id] = Live(row.name, optim.get("steps"), optim.get("batch_size"), known=row.last_step or 0)
 
     def _lost(self, trial_id: str, attempt: int, reason: str, *, charged: bool = True) -> None:
         live = self.live.pop(trial_id, None)

@@ -27,6 +27,8 @@ def absent(trials: Sequence[PlannedTrial], storage: Path) -> list[str]:
 
 
 def _missing(config: TrialConfig, storage: Path) -> Iterator[str]:
+    if config.command is not None:  # it finds its weights by itself
+        return
     init, weights, execution = config.model.init_from, config.model.weights, config.execution
     root = Path(execution.trials_root or storage)
     if init is not None and init.file is not None and not Path(init.file).expanduser().is_file():

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from orchestrator import data_sets, estimate, local, measured, publish, recorder, spec, starting_points
-from orchestrator.attempt import Job
+from orchestrator import data_sets, estimate, import_results, local, measured, publish, recorder, spec, starting_points
+from orchestrator.attempt import PROGRAM, Job
 from orchestrator.budget import Budget
 from orchestrator.control import PRUNED, Control
 from orchestrator.delivery import Delivery
@@ -113,6 +113,7 @@ class SweepRun:
         if self.search is not None:
             for trial_id in self.search.restart(ledger, everything=self.options.rerun):
                 self._renew(ledger.row(trial_id), again=True)
+        import_results.keep(ledger, self.plan)
         self.dispatch.grow()
         if self.early is not None:
             self.early.replay(ledger, ledger.rows())
@@ -271,7 +272,7 @@ class SweepRun:
             stalled=row.stalled,
             gpus=request.gpus / request.ranks,
             ranks=request.ranks,
-            train=self.options.train,
+            train=PROGRAM if trial.config.command is not None else self.options.train,
         )
         return job, request
 

@@ -21,7 +21,8 @@ __all__ = ["Sink", "Unavailable", "default_tracking_uri", "prepare_store", "ui_c
 
 _LEAST_PAUSE_S = 0.2  # between two passes, so that many small reports become one batch
 _BACK_OFF_S = (0.5, 10.0)  # first and longest; the longest bounds how late a server's return is noticed
-_REST = 3.0  # seconds without work for each second of processor time, while a sweep runs
+_REST_BUSY, _REST_IDLE = 19.0, 1.0  # seconds of rest for each second of processor time, while a sweep runs
+_BUSY = 0.3  # of a core, used by the rest of the process
 _WARN_EVERY_S = 60.0
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Sink:
         self._state, self._poll_s, self._timeout_s = state, poll_s, request_timeout_s
         self._wake, self._leaving, self._abandon = threading.Event(), threading.Event(), threading.Event()
         self._hurry = threading.Event()  # set while somebody waits
-        self._used = 0.0  # processor seconds of the thread when it last rested
+        self._spent = (0.0, 0.0, 0.0)  # at the last rest: processor seconds of the thread, of the process, the clock
         self._thread = threading.Thread(target=self._loop, name="mlflow-sink", daemon=True)
         self._artifacts: list[Path] = []  # appended by the driver, taken off the front by the thread
         self._store: Store | None = None
@@ -149,7 +150,7 @@ class Sink:
 
     def _loop(self) -> None:
         pause = 0.0
-        self._used = time.thread_time()
+        self._spent = (time.thread_time(), time.process_time(), time.monotonic())
         with environment(self._timeout_s), Ledger.open(self._ledger.path, writer=False) as reader:
             while not (self._ended or self._abandon.is_set()):
                 try:
@@ -215,12 +216,14 @@ class Sink:
             raise failed
 
     def _rest(self) -> None:
-        """Leave the processor to the driver's loop for three times as long as this thread has used it, unless somebody
-        waits for it: MLflow's client computes more for a run than the whole orchestrator does.
+        """Leave the processor to the rest of this process, unless somebody waits: MLflow's client computes 60 ms for a
+        run, many times what the whole orchestrator does. Where the process is busy, it rests for longer.
         """
-        used = time.thread_time()
-        self._hurry.wait(_REST * (used - self._used))
-        self._used = time.thread_time()
+        own, everything, now = time.thread_time(), time.process_time(), time.monotonic()
+        used, others, passed = own - self._spent[0], everything - self._spent[1], now - self._spent[2]
+        self._spent = (own, everything, now)
+        busy = others - used > _BUSY * max(passed, 1e-3)
+        self._hurry.wait(used * (_REST_BUSY if busy else _REST_IDLE))
 
     def _connected(self, reader: Ledger, leaving: bool) -> tuple[Store, Runs]:
         """The store and the sweep's runs in it, set right against the ledger when first reached."""

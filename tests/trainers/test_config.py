@@ -74,6 +74,9 @@ class TestIdentity:
             "execution.trials_root": "/elsewhere",
             "execution.weights_root": "/elsewhere",
             "execution.activation_checkpointing": True,
+            "execution.network_interface": "eth0",
+            "execution.no_progress_seconds": 60.0,
+            "execution.program_root": "/elsewhere",
         }
         assert set(other) == {name for name in fields() if name.startswith("execution.")}
         assert trial_id(resolve({**SETTINGS, **other})) == trial_id(resolve(SETTINGS))
