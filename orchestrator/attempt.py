@@ -59,6 +59,7 @@ class Job:
     gpus: float = 0.0  # of each rank; a trial that asked for none does not take one that happens to be there
     ranks: int = 1
     save_memory: bool = False  # an earlier attempt ran out of device memory
+    remote: str | None = None  # URI of the storage, where that is no folder
     train: str = TRAIN
 
 
@@ -128,6 +129,7 @@ class Outcome:
     poisoned: bool = False  # the process must not run anything else
     out_of_memory: bool = False  # of the device
     disk_full: bool = False
+    storage_away: bool = False  # remote storage does not answer
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -144,12 +146,25 @@ def run_attempt(job: Job, number: int, report: Report, asked: Ask, place: Place 
     layout = TrialLayout(Path(job.folder))
     started = time.monotonic()
     try:
-        with _environment(place.environment()), _log_to(layout.log(number, place.rank)):
+        with (
+            _travel(job, layout, number, place.rank),
+            _environment(place.environment()),
+            _log_to(layout.log(number, place.rank)),
+        ):
             outcome = _logged(job, layout, number, report, asked)
         _reset_globals()
     except BaseException as error:  # noqa: BLE001 - of the log file or the device; the trial's own are caught inside
         outcome = failure(error)
     return Outcome(**{**outcome.to_json(), "seconds": time.monotonic() - started})
+
+
+def _travel(job: Job, layout: TrialLayout, number: int, rank: int) -> contextlib.AbstractContextManager[None]:
+    """Checkpoints come from remote storage before an attempt and go there during it, where storage is remote."""
+    if job.remote is None:
+        return contextlib.nullcontext()
+    from orchestrator import remote_trial
+
+    return remote_trial.travel(layout, job.remote, number, rank)
 
 
 def _logged(job: Job, layout: TrialLayout, number: int, report: Report, asked: Ask) -> Outcome:
@@ -179,6 +194,7 @@ def failure(error: BaseException) -> Outcome:
         poisoned=not kinds.isdisjoint(_POISONOUS),
         out_of_memory=out_of_memory,
         disk_full=is_disk_full(error),
+        storage_away="StorageAway" in kinds,
     )
 
 

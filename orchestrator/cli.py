@@ -27,12 +27,36 @@ FAULTY = 1
 WRONG_INPUT = 2
 INTERRUPTED = 130
 
+_REMOTE = "orchestrate.remote"  # in a command's context: the URI of its storage
+RUNS = Path("runs")
+
+
+def _folder_of(context: typer.Context, given: Any) -> Path:
+    """The folder that `--storage` names: this machine's copy, which lies in the state folder, where it is a URI."""
+    if "://" not in str(given):
+        return Path(given)
+    context.meta[_REMOTE] = str(given)
+    return Path(context.params.get("state") or RUNS)
+
+
 Storage = Annotated[
-    Path, typer.Option(envvar="ORCHESTRATE_STORAGE", help="Folder of trials, tables and reports.", show_default=True)
+    Path,
+    typer.Option(
+        parser=str,
+        metavar="DIR|URI",
+        callback=_folder_of,
+        envvar="ORCHESTRATE_STORAGE",
+        help="Folder, or s3://BUCKET/PREFIX and the like, of trials, tables and reports.",
+        show_default=True,
+    ),
 ]
 State = Annotated[
     Path | None,
-    typer.Option(envvar="ORCHESTRATE_STATE", help="Local folder of ledger, MLflow store and cache. [default: storage]"),
+    typer.Option(
+        is_eager=True,  # known before storage is
+        envvar="ORCHESTRATE_STATE",
+        help="Local folder of ledger, MLflow store and cache. [default: storage, runs where that is remote]",
+    ),
 ]
 TrackingUri = Annotated[
     str | None,
@@ -43,7 +67,6 @@ Overrides = Annotated[
 ]
 SweepFile = Annotated[Path, typer.Argument(help="A sweep file (YAML).", metavar="FILE")]
 
-RUNS = Path("runs")
 _USER_SETTINGS = ("storage", "state", "tracking_uri")
 
 
@@ -57,6 +80,7 @@ def options(
 
 @app.command()
 def sweep(
+    context: typer.Context,
     file: SweepFile,
     set_: Overrides = None,
     name: Annotated[str | None, typer.Option(help="Write to this name instead of the file's.")] = None,
@@ -80,6 +104,7 @@ def sweep(
         file=file,
         storage=storage,
         state=state or storage,
+        remote=_remote(context),
         tracking_uri=tracking_uri,
         overrides=tuple(set_ or ()),
         name=name,
@@ -209,6 +234,7 @@ def export(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -236,6 +262,7 @@ def evaluate(
         file=Path(model),
         storage=storage,
         state=state or storage,
+        remote=_remote(context),
         tracking_uri=tracking_uri,
         overrides=tuple(set_ or ()),
         name=name,
@@ -286,12 +313,16 @@ def submit(
 
 @app.command()
 def report(
+    context: typer.Context,
     sweeps: Annotated[list[str], typer.Argument(help="Names of sweeps.", metavar="SWEEP...")],
     storage: Storage = RUNS,
+    state: State = None,
 ) -> None:
     """Write tables, figures and report of finished or running sweeps."""
     from orchestrator import inspect
 
+    for name in sweeps:
+        _fetch(context, name, storage)
     inspect.report(sweeps, storage)
 
 
@@ -400,6 +431,27 @@ def schema(
         typer.echo(text, nl=False)
     else:
         output.write_text(text)
+
+
+def _remote(context: typer.Context) -> str | None:
+    """The URI of the running command's storage, or None where that is a folder."""
+    uri: str | None = context.meta.get(_REMOTE)
+    return uri
+
+
+def _fetch(context: typer.Context, sweep: str, storage: Path) -> None:
+    """Bring what this machine's copy of remote storage lacks of a sweep."""
+    uri = _remote(context)
+    if uri is None:
+        return
+    from orchestrator import remote_sweep
+    from orchestrator.layout import SweepLayout
+    from orchestrator.remote import Remote
+    from orchestrator.remote_trial import Mirror
+
+    layout = SweepLayout(storage.resolve(), storage.resolve(), sweep)
+    layout.root.mkdir(parents=True, exist_ok=True)
+    remote_sweep.fetch(Mirror(Remote(uri), layout.storage), layout)
 
 
 def main() -> Any:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Sequence
 
-from orchestrator import spec
+from orchestrator import remote_sweep, spec
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial, build_plan
 from orchestrator.progress import Screen
+from orchestrator.remote import Remote
+from orchestrator.remote_sweep import Keeper
+from orchestrator.remote_trial import Mirror
 from orchestrator.run_options import Interrupted, Options, Stop, signals
 from orchestrator.search_plan import expected
 from orchestrator.sweep_run import SweepRun
@@ -50,9 +54,17 @@ def run_sweep(asked: spec.Sweep, options: Options) -> int:
                 f"the folder {folder} cannot be made ({error.strerror}); give another --storage"
             ) from error
     stop = Stop()
+    mirror = None if options.remote is None else Mirror(Remote(options.remote), layout.storage)
+    if mirror is not None:
+        remote_sweep.restore(mirror, layout)
     try:
-        with signals(stop), Ledger.open(layout.ledger) as ledger, Screen(asked.name, quiet=options.quiet) as screen:
-            return SweepRun(options, asked, plan, layout, ledger, screen, stop).execute()
+        with (
+            signals(stop),
+            Ledger.open(layout.ledger) as ledger,
+            contextlib.nullcontext() if mirror is None else Keeper(mirror, layout) as keeper,
+            Screen(asked.name, quiet=options.quiet) as screen,
+        ):
+            return SweepRun(options, asked, plan, layout, ledger, screen, stop, keeper).execute()
     except Interrupted:
         return 128 + (stop.signal or signal.SIGINT)
 

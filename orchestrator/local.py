@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator import retry
+from orchestrator import remote_trial, retry
 from orchestrator.attempt import Job, process_name, run_attempt
 from orchestrator.control import Control
 from orchestrator.layout import TrialLayout
@@ -36,7 +36,10 @@ def _attempt(job: Job, handle: Handler, control: Control, history: retry.History
     """One attempt; whether another one should follow."""
     while control.look(job.trial_id) is None and not retry.has_room(Path(job.folder)):
         time.sleep(_PAUSE_SECONDS)
-    number = TrialLayout(Path(job.folder)).begin_attempt(job.attempts)
+    trial = TrialLayout(Path(job.folder))
+    number = remote_trial.begin_attempt(trial, job.remote, job.attempts, lambda: control.look(job.trial_id) is not None)
+    if number is None:  # told to leave before the store was there
+        return False
     handle(job.trial_id, {"kind": "started", "attempt": number, "process": process_name()})
 
     def report(step: int, metrics: Mapping[str, float]) -> None:

@@ -59,6 +59,8 @@ def after(outcome: Outcome, history: History, number: int, job: Job) -> Mapping[
         message = str((outcome.error or {}).get("message"))
         if outcome.disk_full:
             return {"kind": "lost", "attempt": number, "reason": f"the disk is full: {message}", "charged": False}
+        if outcome.storage_away:
+            return {"kind": "lost", "attempt": number, "reason": message, "charged": False}
         if outcome.out_of_memory and job.train == TRAIN and not (job.save_memory or history.save_memory):
             history.save_memory = True
             reason = f"{message}; tried again with activation checkpointing, which computes the same"

@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestrator.control import Control
 from orchestrator.queue import Source
+from orchestrator.ray_token import ray_token, use_ray_token
 from orchestrator.run_request import Request
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,14 @@ def cluster(address: str | None = None) -> Iterator[Any]:
         ValueError: nothing answers at `address`.
     """
     prepare_environment()
-    if address is not None and _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # connecting, unlike starting, does not look for one
     import ray
 
     was_connected = ray.is_initialized()
     if not was_connected:
+        if address is None:
+            ray_token()
+        else:
+            use_ray_token()  # connecting, unlike starting, does not look for one
         try:
             _connect(ray, address)
         except ConnectionError as error:
@@ -69,11 +72,6 @@ def prepare_environment() -> None:
     """Settings that Ray reads when it is imported; the user's own stay."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-
-
-def _has_token() -> bool:
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return "RAY_AUTH_TOKEN" in os.environ or Path(named or Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _connect(ray: Any, address: str | None) -> None:

@@ -21,6 +21,7 @@ class Options:
     file: Path
     storage: Path
     state: Path
+    remote: str | None = None  # URI of the storage, of which `storage` then is this machine's copy
     tracking_uri: str | None = None
     overrides: Sequence[str] = ()
     name: str | None = None

@@ -10,7 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from orchestrator import data_sets, estimate, import_results, local, measured, publish, recorder, spec, starting_points
+from orchestrator import (
+    data_sets,
+    estimate,
+    import_results,
+    local,
+    measured,
+    publish,
+    recorder,
+    remote_sweep,
+    spec,
+    starting_points,
+)
 from orchestrator.attempt import PROGRAM, Job
 from orchestrator.budget import Budget
 from orchestrator.control import PRUNED, Control
@@ -24,6 +35,8 @@ from orchestrator.plan import Plan, PlannedTrial
 from orchestrator.progress import Screen
 from orchestrator.queue import Queue
 from orchestrator.recorder import Recorder
+from orchestrator.remote_delivery import RemoteDelivery
+from orchestrator.remote_sweep import Keeper
 from orchestrator.run_options import Options, Stop, signals
 from orchestrator.run_request import Request, clip
 from orchestrator.search import SearchGrowth
@@ -49,7 +62,9 @@ class SweepRun:
         ledger: Ledger,
         screen: Screen,
         stop: Stop,
+        keeper: Keeper | None = None,
     ) -> None:
+        """`keeper` keeps the sweep's copy where storage is remote."""
         self.options, self.asked, self.plan = options, asked, plan
         self.layout, self.ledger, self.screen, self.stop = layout, ledger, screen, stop
         self.queue, self.control = Queue(options.max_concurrent), Control()
@@ -61,7 +76,8 @@ class SweepRun:
         self.seeds = None if asked.more_seeds is None else SeedGrowth(plan)
         growths: list[Growth] = [growth for growth in (self.search, self.seeds) if growth is not None]
         self.budget = Budget(asked.budget, ledger)
-        self.delivery = Delivery(layout, ledger)
+        self.keeper = keeper
+        self.delivery = Delivery(layout, ledger) if keeper is None else RemoteDelivery(keeper.mirror, layout, ledger)
         self.dispatch = Dispatch(ledger, self.queue, growths, self._settle, stop, self.budget.may_begin)
 
     def execute(self) -> int:
@@ -72,21 +88,28 @@ class SweepRun:
     def _execute(self) -> int:
         options, layout = self.options, self.layout
         pending = self._prepare()
-        if options.address is None:  # another machine may have what this one lacks
+        if options.address is None and self.keeper is None:  # the machine that trains may have what this one lacks
             starting_points.check(pending, layout.storage)
         with self._tracking() as sink:
             if pending:
                 with self.budget:
                     self._train(pending, sink.notify)
             self.delivery.complete()
+            self._copy()
             self._flush(sink)
             sink.publish_map(layout.mlflow_map)
             if self.stop.signal is not None:
                 self.screen.say("interrupted; the same command (without --rerun) goes on from the checkpoints")
                 return 128 + self.stop.signal
             code = self._conclude(sink)
+            self._copy()
         self.screen.where(layout, options.tracking_uri)
         return code
+
+    def _copy(self) -> None:
+        """Bring the copy of ledger, plan, tables and report in remote storage up to date."""
+        if self.keeper is not None:
+            self.keeper.push()
 
     def _flush(self, sink: Any) -> None:
         """Wait for MLflow to have everything, as long as it gets further or may still come back."""
@@ -106,6 +129,9 @@ class SweepRun:
         for row in ledger.rows():
             self._renew(row)
         self.fingerprints = self._check_data([t for t in expected(self.plan) if self._is_to_run(t.trial_id)])
+        if self.keeper is not None:
+            to_run = [trial.trial_id for trial in expected(self.plan) if self._is_to_run(trial.trial_id)]
+            remote_sweep.pull_finished(self.keeper.mirror, layout, to_run)
         for trial in self.plan.trials:
             self._adopt(trial)
         self.delivery.complete()
@@ -135,6 +161,8 @@ class SweepRun:
         folder.stop_request.unlink(missing_ok=True)
         if again:
             publish.forget(folder)
+        if isinstance(self.delivery, RemoteDelivery) and (again or row.state == "failed"):
+            self.delivery.renew(row.trial_id, from_first_step=again)
         if row.state == "failed" or (again and row.state != "planned"):
             folder.result.unlink(missing_ok=True)
             self.ledger.reset(row.trial_id)
@@ -187,7 +215,8 @@ class SweepRun:
         from orchestrator.tracking import Sink, default_tracking_uri
 
         uri = self.options.tracking_uri or default_tracking_uri(self.layout.state)
-        key = str(self.layout.storage)
+        remote = self.options.remote
+        key = str(self.layout.storage) if remote is None else remote.partition("?")[0]
         sink = Sink(self.ledger, uri, self.asked.name, key, state=self.layout.state, description=self.asked.question)
         sink.start()
         lacking = 0
@@ -272,6 +301,7 @@ class SweepRun:
             stalled=row.stalled,
             gpus=request.gpus / request.ranks,
             ranks=request.ranks,
+            remote=self.options.remote,
             train=PROGRAM if trial.config.command is not None else self.options.train,
         )
         return job, request

@@ -45,6 +45,20 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
     )
 
 
+def _fetch_start(config: TrialConfig, remote: str, layout: TrialLayout) -> None:
+    """Bring the checkpoint that the trial starts from or measures; one that is not there is said by who reads it."""
+    from orchestrator.remote import Remote
+    from orchestrator.remote_trial import Mirror, pull_step
+
+    mirror = Mirror.of_trial(Remote(remote), layout)
+    init, weights = config.model.init_from, config.model.weights
+    if init is not None and init.trial is not None:
+        pull_step(mirror, init.trial, init.step)
+    source = None if weights is None else released.source(weights)
+    if source is not None and source.trial is not None:
+        pull_step(mirror, source.trial, source.step)
+
+
 def _execution(config: TrialConfig, job: Job, layout: TrialLayout) -> ExecutionConfig:
     """How the trial is executed, with what only its place decides: its device, and where other trials lie."""
     placed: dict[str, Any] = {}
@@ -58,4 +72,6 @@ def _execution(config: TrialConfig, job: Job, layout: TrialLayout) -> ExecutionC
     )
     if of_trial and config.execution.trials_root is None:
         placed["trials_root"] = str(layout.root.parents[2])  # STORAGE/SWEEP/trials/ID
+        if job.remote is not None:
+            _fetch_start(config, job.remote, layout)
     return config.execution.model_copy(update=placed)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import ray
 from ray import tune
 
-from orchestrator import retry
+from orchestrator import remote_trial, retry
 from orchestrator.attempt import Job, Outcome, process_name
 from orchestrator.control import INTERRUPTED
 from orchestrator.layout import TrialLayout
@@ -57,7 +57,13 @@ class ThinTrial(tune.Trainable):
             time.sleep(LOOK_SECONDS)
         if reason == INTERRUPTED:  # do not even begin
             return [{"kind": "ended", "attempt": 0, "outcome": Outcome(INTERRUPTED).to_json()}]
-        self._number = TrialLayout(folder).begin_attempt(self._job.attempts)
+        trial = TrialLayout(folder)
+        number = remote_trial.begin_attempt(
+            trial, self._job.remote, self._job.attempts, lambda: self._told() is not None
+        )
+        if number is None:  # told to leave before the store was there
+            return [{"kind": "ended", "attempt": 0, "outcome": Outcome(INTERRUPTED).to_json()}]
+        self._number = number
         started = {"kind": "started", "attempt": self._number, "process": process_name()}
         if reason is not None:  # told before, of an attempt that was lost since
             outcome = Outcome(reason, steps=self._job.last_step)

@@ -178,7 +178,10 @@ def test_ray_itself_takes_the_cluster_file() -> None:
 
 RECORD = '#!/bin/bash\necho "$(basename "$0") $*" >> "$CALLS"\n'
 FAKES = {
-    "srun": RECORD + 'trap "echo ended $* >> $CALLS; exit 0" TERM\nsleep 20 >/dev/null 2>&1 & wait\n',
+    "srun": (
+        '#!/bin/bash\ntrap "echo ended $* >> $CALLS; exit 0" TERM\necho "srun $*" >> "$CALLS"\n'
+        "sleep 20 >/dev/null 2>&1 & wait\n"
+    ),
     "ray": RECORD,
     "scontrol": RECORD + '[ "$1" != show ] || printf "n1\\nn2\\nn3\\n"\n',
     "python": RECORD,
@@ -223,7 +226,7 @@ def test_slurm_starts_ray_on_every_node_and_the_sweep_on_the_first(tmp_path: Pat
     output, _ = script.communicate(timeout=60)
     assert script.returncode == 0, output
     made = calls(tmp_path)
-    starts = [call for call in made if call.startswith("srun")]
+    starts = sorted(call for call in made if call.startswith("srun"))  # by node; who is first to write, chance decides
     assert [re.search(r"--nodelist=(\w+)", call)[1] for call in starts] == ["n1", "n2", "n3"]  # type: ignore[index]
     assert "--head --port=6379" in starts[0] and all("--address=n1:6379" in call for call in starts[1:])
     assert all("--num-cpus=16 --num-gpus=8" in call for call in starts)

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import io
-import json
 import multiprocessing
 import os
-import random
+import shutil
 import signal
-import sqlite3
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, _GeneratorContextManager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from orchestrator.layout import SweepLayout
-from orchestrator.ledger import Ledger
 from tests.orchestrator.sweeps import Small
 
 # Imported once, by the process that all drivers are forked from.
@@ -34,14 +29,18 @@ _PRELOADED = (
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the program: just before or after the n-th call of a function, counted from the driver's start."""
+    """A place in the program: just before or after the n-th call of a function, counted from the driver's start.
 
-    function: str  # "module:function" or "module:Class.method"
-    when: Literal["before", "after"]
+    Of a function that gives a context, `after` is when the block has ended, and `inside` just before.
+    """
+
+    function: str  # "module:function" or "module:Class.method", where the caller looks it up
+    when: Literal["before", "inside", "after"] = "after"
     call: int = 1
 
     def __str__(self) -> str:
-        return f"{self.when}-{self.function.rpartition(':')[2]}-{self.call}"
+        module, _, name = self.function.partition(":")
+        return f"{self.when}-{module.rpartition('.')[2]}.{name}-{self.call}"
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,12 @@ class Start:
     setup: str | None = None  # "module:function", called before the driver with the storage folder
 
 
-def begin(
-    small: Small, point: Point | None = None, *, setup: str | None = None, **options: Any
-) -> multiprocessing.process.BaseProcess:
+def begin(small: Small, point: Point | None = None, *, setup: str | None = None, **options: Any) -> BaseProcess:
     """Start an in-process driver of `small`'s sweep; it dies by SIGKILL at `point`, if it gets there."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would have pytest's threads and locks
     context.set_forkserver_preload(list(_PRELOADED))
-    output = small.folder / "output.txt"
-    start = Start(str(small.folder / "small.yaml"), str(small.storage), str(output), point, options, setup)
+    said = str(small.folder / "output.txt")
+    start = Start(str(small.folder / "small.yaml"), str(small.storage), said, point, options, setup)
     process = context.Process(target=_drive, args=(start,))
     process.start()
     return process
@@ -75,6 +72,15 @@ def drive(small: Small, point: Point | None = None, *, setup: str | None = None,
     process.join(180)
     assert process.exitcode is not None, "the driver did not end"
     return process.exitcode
+
+
+def prepared(folder: Path, template: Small, **changes: Any) -> Small:
+    """The sweep of `template` in `folder`, with data decoded and MLflow's schema made, and nothing else."""
+    small = Small(folder, template.steps, template.registers)
+    small.write(**{"seeds": [0], **changes})
+    shutil.copytree(template.storage / "cache", small.storage / "cache")
+    shutil.copy(template.storage / "mlflow.db", small.storage)
+    return small
 
 
 def output(small: Small) -> str:
@@ -116,26 +122,33 @@ def die_at(point: Point) -> None:
         with lock:
             is_here = next(calls) == point.call
         if is_here and point.when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         result = real(*arguments, **named)
+        if is_here and isinstance(result, _GeneratorContextManager):
+            return _DiesAtItsEnd(result, point.when)
         if is_here:
-            if isinstance(result, AbstractContextManager):
-                return _DiesAtItsEnd(result)
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         return result
 
     setattr(owner, name, wrapped)
 
 
-class _DiesAtItsEnd(AbstractContextManager[Any]):
-    """A context that ends as the real one does, and the process with it."""
+def die() -> None:
+    """End this process as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(self, real: AbstractContextManager[Any]) -> None:
-        self._real = real
+
+class _DiesAtItsEnd(AbstractContextManager[Any]):
+    """A context that ends as the real one does, and the process just before or after it."""
+
+    def __init__(self, real: AbstractContextManager[Any], when: str) -> None:
+        self._real, self._when = real, when
 
     def __enter__(self) -> Any:
         return self._real.__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        if self._when == "inside":
+            die()
         self._real.__exit__(*error)
-        os.kill(os.getpid(), signal.SIGKILL)
+        die()
