@@ -14,5 +14,6 @@ BENCHMARKS = {
     "linear_heads": "benchmarks.linear_heads:measure",  # 52 heads at once, against one
     "fast_probes": "benchmarks.fast_probes:measure",  # all probes of a trial, against a minute
     "scale": "benchmarks.scale:measure",  # thousands of trials, against bare Ray Tune
+    "busy_slots": "benchmarks.busy_slots:measure",  # trials of 20 s on 16 slots, against all slot time
     "trial_turnaround": "benchmarks.trial_turnaround:measure",  # no-op trials, against fresh processes
 }

@@ -25,15 +25,17 @@ def measure(settings: Settings) -> Report:
     ours: list[float] = []
     theirs: list[float] = []
     memory: list[float] = []
+    mlflow: list[float] = []
     pairs = min(settings.pairs, MAX_PAIRS)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name, simulated.cluster(NODES, CPUS) as ray:
         address = ray.get_runtime_context().gcs_address
         for pair in range(pairs):
             folder = str(Path(name) / str(pair))
             with Partner(_sweeps, address, folder) as sweep:
-                seconds, kilobytes = sweep.turn(TRIALS)
+                seconds, kilobytes, behind = sweep.turn(TRIALS)
             ours.append(seconds)
             memory.append(kilobytes)
+            mlflow.append(round(behind, 1))
             with Partner(_bare, address, folder) as bare:
                 theirs.append(bare.turn(TRIALS)[0])
     time_per_trial = Comparison(
@@ -55,7 +57,9 @@ def measure(settings: Settings) -> Report:
         "KB",
         Goal(1.0),
     )
-    return Report([time_per_trial, memory_per_trial], {"trials": TRIALS, "slots": NODES * CPUS})
+    return Report(
+        [time_per_trial, memory_per_trial], {"trials": TRIALS, "slots": NODES * CPUS, "mlflow_behind_seconds": mlflow}
+    )
 
 
 def _sweeps(connection: Connection, address: str, folder: str) -> None:
@@ -63,7 +67,7 @@ def _sweeps(connection: Connection, address: str, folder: str) -> None:
     from orchestrator import run
     from orchestrator.run_request import Request
 
-    def one(trials: int) -> tuple[float, float]:
+    def one(trials: int) -> tuple[float, float, float]:
         planned = simulated.plan(_made(folder), "noop", trials)
         clock = simulated.Clock(WARM_TRIALS)
         memory: dict[int, float] = {}
@@ -74,9 +78,11 @@ def _sweeps(connection: Connection, address: str, folder: str) -> None:
                 memory[len(memory)] = _resident_kb() if len(memory) in (WARM_TRIALS, trials - 1) else 0.0
 
         with run.cluster(address) as ray:
-            simulated.sweep(ray, Path(folder), "noop", planned, "benchmarks.noop:nothing", Request(1.0, 0.0), seen)
+            behind = simulated.sweep(
+                ray, Path(folder), "noop", planned, "benchmarks.noop:nothing", Request(1.0, 0.0), seen
+            )
         grown = (memory[trials - 1] - memory[WARM_TRIALS]) / (trials - 1 - WARM_TRIALS)
-        return clock.seconds_per_trial, grown
+        return clock.seconds_per_trial, grown, behind
 
     serve_turns(connection, one)
 

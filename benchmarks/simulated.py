@@ -76,13 +76,16 @@ def job(planned: PlannedTrial, layout: SweepLayout, train: str) -> Job:
 
 def sweep(
     ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], train: str, request: Request, seen: Handler
-) -> None:
+) -> float:
     """All trials through Ray Tune, ledger, published files and MLflow sink, as the driver runs them.
 
     `seen` is told every event once it is recorded.
 
+    Returns:
+        Seconds that MLflow took after the last trial until it had everything.
+
     Raises:
-        RuntimeError: a trial did not finish, or MLflow lacks something after a minute.
+        RuntimeError: a trial did not finish, or MLflow lacks something after ten minutes.
     """
     layout = SweepLayout(folder / "runs", folder / "runs", name)
     layout.ledger.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +114,10 @@ def sweep(
         if counts["finished"] != len(planned):
             error = next((row.error for row in ledger.rows() if row.error is not None), None)
             raise RuntimeError(f"not all trials finished: {counts}; {error}")
-        if lacking := sink.flush(60.0):
-            raise RuntimeError(f"MLflow lacks {lacking} records a minute after the last trial")
+        since = time.perf_counter()
+        if lacking := sink.flush(600.0):
+            raise RuntimeError(f"MLflow lacks {lacking} records ten minutes after the last trial")
+        return time.perf_counter() - since
 
 
 def bare(

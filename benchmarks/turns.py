@@ -77,18 +77,18 @@ class Partner:
         self._process.start()
         there.close()
 
-    def turn(self, what: object = None) -> float:
-        """Let it do one piece of work; the seconds that it took.
+    def turn(self, what: object = None) -> Any:
+        """Let it do one piece of work; what that returned, as a rule the seconds that it took.
 
         Raises:
             RuntimeError: the process has died; its traceback is on the error output.
         """
         try:
             self._here.send(what)
-            seconds: float = self._here.recv()
+            returned = self._here.recv()
         except (EOFError, OSError) as error:
             raise RuntimeError("the partner process has died") from error
-        return seconds
+        return returned
 
     def __enter__(self) -> Partner:
         return self
@@ -103,7 +103,7 @@ class Partner:
             self._process.join()
 
 
-def serve_turns(connection: Connection, work: Callable[[Any], float]) -> None:
+def serve_turns(connection: Connection, work: Callable[[Any], Any]) -> None:
     """The other end of a Partner: `work(what)` for every turn, until it is left."""
     while True:
         try:
