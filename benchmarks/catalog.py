@@ -15,5 +15,6 @@ BENCHMARKS = {
     "fast_probes": "benchmarks.fast_probes:measure",  # all probes of a trial, against a minute
     "scale": "benchmarks.scale:measure",  # thousands of trials, against bare Ray Tune
     "busy_slots": "benchmarks.busy_slots:measure",  # trials of 20 s on 16 slots, against all slot time
+    "restart": "benchmarks.restart:measure",  # a sweep with thousands of finished trials, against seconds
     "trial_turnaround": "benchmarks.trial_turnaround:measure",  # no-op trials, against fresh processes
 }

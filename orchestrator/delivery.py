@@ -49,8 +49,7 @@ class Delivery:
         for future in self._running:
             future.result()
         self._running = []
-        layouts = {row.trial_id: self._layout.trial(row.trial_id) for row in self._ledger.rows()}
-        for trial_id in publish.missing(self._ledger, layouts):
+        for trial_id in publish.missing(self._ledger, self._layout.trial):
             self._deliver(trial_id)
 
     def _try(self, trial_id: str) -> None:

@@ -87,7 +87,7 @@ def import_results(asked: Request) -> None:
         for trial, result in changes:
             _take(ledger, layout, trial, result, asked.file)
         rows = ledger.rows()
-        for trial_id in publish.missing(ledger, {row.trial_id: layout.trial(row.trial_id) for row in rows}):
+        for trial_id in publish.missing(ledger, layout.trial):
             publish.trial(ledger, layout.trial(trial_id), trial_id)
         entries = {entry["trial_id"]: entry for entry in (known or {"trials": []})["trials"]}
         entries |= {row.trial_id: _entry(row) for row in rows if row.role == "cell"}

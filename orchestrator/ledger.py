@@ -208,7 +208,7 @@ class Ledger(LedgerFile):
             db.execute(
                 """UPDATE trials SET state = 'planned', attempts_before = attempts, generation = generation + 1,
                 stalled = 0, last_step = NULL, error = NULL, result = NULL, started_ms = NULL, ended_ms = NULL,
-                run_id = NULL, delivered_seq = 0, delivered_status = NULL WHERE trial_id = ?""",
+                run_id = NULL, delivered_seq = 0, delivered_status = NULL, published = NULL WHERE trial_id = ?""",
                 (trial_id,),
             )
 
@@ -268,10 +268,20 @@ class Ledger(LedgerFile):
         """Ids of all trials of which an attempt was ever begun here."""
         return {row[0] for row in self._read("SELECT DISTINCT trial_id FROM attempts WHERE gpus IS NOT NULL")}
 
-    def states(self, role: Role) -> dict[str, State]:
-        """The states of the plan's trials of a role by id, in the order of the plan; quicker than `rows`."""
-        sql = "SELECT trial_id, state FROM trials WHERE in_plan AND role = ? ORDER BY position"
+    def states(self, role: Role | None = None) -> dict[str, State]:
+        """The states of the plan's trials, of one role or all, by id in the order of the plan; quicker than `rows`."""
+        sql = "SELECT trial_id, state FROM trials WHERE in_plan AND role = coalesce(?, role) ORDER BY position"
         return {row[0]: row[1] for row in self._read(sql, (role,))}
+
+    def published(self) -> dict[str, Any]:
+        """What `mark_published` was told of each trial of the plan that is over, by id; None where it was not."""
+        sql = "SELECT trial_id, published FROM trials WHERE in_plan AND result IS NOT NULL ORDER BY position"
+        return {row[0]: None if row[1] is None else json.loads(row[1]) for row in self._read(sql)}
+
+    def mark_published(self, trial_id: str, stamps: Any) -> None:
+        """Remember by which `stamps` (a JSON value) the files of a trial that is over are known to be whole."""
+        with self._change(durable=False) as db:
+            db.execute("UPDATE trials SET published = ? WHERE trial_id = ?", (json.dumps(stamps), trial_id))
 
     # What searches asked and were told
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 Role = Literal["cell", "search"]  # whether a trial is a row of the table, or one by which a search chooses
 
@@ -63,7 +63,11 @@ _SINCE_2: tuple[str, ...] = (
 _SINCE_3: tuple[str, ...] = (
     "ALTER TABLE attempts ADD COLUMN gpus REAL",  # of all ranks; null where nothing ran, as when a trial is adopted
 )
-MIGRATIONS: tuple[tuple[str, ...], ...] = (SCHEMA, _SINCE_2, _SINCE_3)  # what brings a ledger from version n to n + 1
+_SINCE_4: tuple[str, ...] = (
+    "ALTER TABLE trials ADD COLUMN published TEXT",  # sizes and times of the files that say what the ledger says
+)
+# What brings a ledger from version n to n + 1.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (SCHEMA, _SINCE_2, _SINCE_3, _SINCE_4)
 
 
 class Config(Protocol):

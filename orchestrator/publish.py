@@ -8,7 +8,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -106,6 +106,7 @@ def trial(ledger: Ledger, layout: TrialLayout, trial_id: str) -> None:
     write_whole(layout.config, _json(row.config))
     write_whole(layout.metrics, _metrics_parquet(ledger.metrics(trial_id)))
     write_whole(layout.result, _json(row.result))
+    ledger.mark_published(trial_id, _stamps(layout))
 
 
 def _logs(layout: TrialLayout) -> bytes:
@@ -158,13 +159,31 @@ def forget(layout: TrialLayout) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def missing(ledger: Ledger, layouts: Mapping[str, TrialLayout]) -> list[str]:
-    """Ids of trials that are over but whose result or metrics are not in their folder as the ledger has them.
+def missing(ledger: Ledger, layouts: Callable[[str], TrialLayout]) -> list[str]:
+    """Ids of trials that are over but whose result, metrics or configuration are not in their folder as the ledger has
+    them: a driver died in between, or a file was damaged or removed since.
 
-    A driver died in between, or a file was damaged or removed since.
+    Files that have kept size and time since they were published are taken for whole; `doctor` reads them all.
     """
-    over = [row for row in ledger.rows() if row.result is not None]
-    return [row.trial_id for row in over if not _is_published(ledger, row, layouts[row.trial_id])]
+    lacking = []
+    for trial_id, stamps in ledger.published().items():
+        layout = layouts(trial_id)
+        if stamps is not None and stamps == _stamps(layout):
+            continue
+        if _is_published(ledger, ledger.row(trial_id), layout):
+            ledger.mark_published(trial_id, _stamps(layout))
+        else:
+            lacking.append(trial_id)
+    return lacking
+
+
+def _stamps(layout: TrialLayout) -> list[list[int]] | None:
+    """Size and time of the files that say what the ledger says; None where one is missing."""
+    try:
+        found = [path.stat() for path in (layout.config, layout.metrics, layout.result)]
+    except FileNotFoundError:
+        return None
+    return [[one.st_size, one.st_mtime_ns] for one in found]
 
 
 def _is_published(ledger: Ledger, row: TrialRow, layout: TrialLayout) -> bool:

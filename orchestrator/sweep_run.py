@@ -30,7 +30,7 @@ from orchestrator.dispatch import Dispatch, Handler
 from orchestrator.early import EarlyStopping, steps_of
 from orchestrator.growth import Growth
 from orchestrator.layout import SweepLayout
-from orchestrator.ledger import Ledger, TrialRow
+from orchestrator.ledger import Ledger, State, TrialRow
 from orchestrator.plan import Plan, PlannedTrial
 from orchestrator.progress import Screen
 from orchestrator.queue import Queue
@@ -126,46 +126,41 @@ class SweepRun:
             measured.settled(trial.resources, trial.config, self.samples)
         ledger.release_running()
         ledger.plan(self.plan.trials)
-        for row in ledger.rows():
-            self._renew(row)
-        self.fingerprints = self._check_data([t for t in expected(self.plan) if self._is_to_run(t.trial_id)])
+        for trial_id, state in ledger.states().items():
+            self._renew(trial_id, state)
+        states = ledger.states()
+        to_run = [trial for trial in expected(self.plan) if states.get(trial.trial_id, "planned") == "planned"]
+        self.fingerprints = self._check_data(to_run)
         if self.keeper is not None:
-            to_run = [trial.trial_id for trial in expected(self.plan) if self._is_to_run(trial.trial_id)]
-            remote_sweep.pull_finished(self.keeper.mirror, layout, to_run)
+            remote_sweep.pull_finished(self.keeper.mirror, layout, [trial.trial_id for trial in to_run])
         for trial in self.plan.trials:
-            self._adopt(trial)
+            if states[trial.trial_id] == "planned":
+                self._adopt(trial)
         self.delivery.complete()
         write_whole(layout.sweep_file, spec.dump(self.asked).encode())
         if self.search is not None:
             for trial_id in self.search.restart(ledger, everything=self.options.rerun):
-                self._renew(ledger.row(trial_id), again=True)
+                self._renew(trial_id, ledger.row(trial_id).state, again=True)
         import_results.keep(ledger, self.plan)
         self.dispatch.grow()
         if self.early is not None:
             self.early.replay(ledger, ledger.rows())
         self._write_plan()
         trials = {trial.trial_id: trial for trial in self.plan.trials} | self.dispatch.grown
-        return [trials[row.trial_id] for row in ledger.rows() if row.state == "planned"]
+        return [trials[trial_id] for trial_id, state in ledger.states().items() if state == "planned"]
 
-    def _is_to_run(self, trial_id: str) -> bool:
-        """Whether the trial is planned, or not known yet, as those of a search are."""
-        try:
-            return self.ledger.row(trial_id).state == "planned"
-        except KeyError:
-            return True
-
-    def _renew(self, row: TrialRow, *, again: bool = False) -> None:
+    def _renew(self, trial_id: str, state: State, *, again: bool = False) -> None:
         """A failed trial runs again, with --rerun (or `again`) every one; a request to stop it is forgotten."""
         again = again or self.options.rerun
-        folder = self.layout.trial(row.trial_id)
+        folder = self.layout.trial(trial_id)
         folder.stop_request.unlink(missing_ok=True)
         if again:
             publish.forget(folder)
-        if isinstance(self.delivery, RemoteDelivery) and (again or row.state == "failed"):
-            self.delivery.renew(row.trial_id, from_first_step=again)
-        if row.state == "failed" or (again and row.state != "planned"):
+        if isinstance(self.delivery, RemoteDelivery) and (again or state == "failed"):
+            self.delivery.renew(trial_id, from_first_step=again)
+        if state == "failed" or (again and state != "planned"):
             folder.result.unlink(missing_ok=True)
-            self.ledger.reset(row.trial_id)
+            self.ledger.reset(trial_id)
 
     def _settle(self, trial: PlannedTrial) -> None:
         """A trial that follows from others: what it came to in an earlier run or another sweep is looked at.
@@ -173,7 +168,7 @@ class SweepRun:
         Those by which a search chooses have been counted by it already, failed ones too.
         """
         if trial.role == "cell":
-            self._renew(self.ledger.row(trial.trial_id))
+            self._renew(trial.trial_id, self.ledger.row(trial.trial_id).state)
         self._adopt(trial)
 
     def _adopt(self, trial: PlannedTrial) -> None:

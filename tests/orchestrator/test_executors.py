@@ -210,10 +210,9 @@ def test_what_a_superseded_attempt_says_changes_nothing(driver: Driver) -> None:
 def test_a_result_that_was_not_published_is_found(driver: Driver) -> None:
     driver.run("finishes")
     driver.folder.result.unlink()
-    layouts = {driver.trial.trial_id: driver.folder}
-    assert publish.missing(driver.ledger, layouts) == [driver.trial.trial_id]
+    assert publish.missing(driver.ledger, driver.layout.trial) == [driver.trial.trial_id]
     publish.trial(driver.ledger, driver.folder, driver.trial.trial_id)
-    assert publish.missing(driver.ledger, layouts) == []
+    assert publish.missing(driver.ledger, driver.layout.trial) == []
 
 
 def test_a_trial_that_another_sweep_finished_is_adopted(driver: Driver) -> None:
@@ -393,11 +392,10 @@ def test_a_lost_ledger_is_made_again_from_the_folders(driver: Driver) -> None:
 @pytest.mark.parametrize("name", ["result.json", "metrics.parquet", "config.json"])
 def test_a_damaged_file_is_published_again(driver: Driver, name: str) -> None:
     driver.run("finishes")
-    layouts = {driver.trial.trial_id: driver.folder}
     path = driver.folder.root / name
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert publish.missing(driver.ledger, layouts) == [driver.trial.trial_id]
+    assert publish.missing(driver.ledger, driver.layout.trial) == [driver.trial.trial_id]
     publish.trial(driver.ledger, driver.folder, driver.trial.trial_id)
     assert path.read_bytes() == whole
 

@@ -80,7 +80,7 @@ def test_a_new_machine_has_ledger_and_results_of_the_lost_one(tmp_path: Path) ->
     assert remote_sweep.restore(there, fresh)
     with Ledger.open(fresh.ledger) as ledger:
         assert ledger.row(ID).state == "finished"
-        assert publish.missing(ledger, {ID: fresh.trial(ID)}) == []
+        assert publish.missing(ledger, fresh.trial) == []
         assert (fresh.trial(ID).root / "probes.parquet").read_bytes() == b"rows"
 
 
@@ -228,7 +228,7 @@ def test_records_of_the_accepted_attempt_alone_are_published(tmp_path: Path) -> 
         end(ledger, attempt=2)  # 3 is an orphan's
         delivery.begin(ID)
         delivery.complete()
-        assert publish.missing(ledger, {ID: layout.trial(ID)}) == []
+        assert publish.missing(ledger, layout.trial) == []
     there = published(far)
     assert there["probes.parquet"] == b"rows of 2" == (layout.trial(ID).root / "probes.parquet").read_bytes()
     assert there["log.txt"] == b"attempt 1\nattempt 2\nattempt 3\n"
