@@ -223,7 +223,9 @@ def _as_run(layout: SweepLayout) -> tuple[Sweep | None, list[str]]:
 def _lines(facts: _Facts, asked: Asked) -> list[str]:
     sweep, planned = facts.plan.sweep, facts.plan
     lines = [f"{sweep.name}: {sweep.question}"]
-    lines.append(f"{len(planned.trials)} trials in {len(planned.cells)} cells, seeds {list(sweep.seeds)}")
+    searching = "" if sweep.search is None else ", those of the search included"
+    count = len(_expected(planned))
+    lines.append(f"{count} trials in {len(planned.cells)} cells, seeds {list(sweep.seeds)}{searching}")
     for origin, title in _ORIGINS.items():
         those = [trial for trial in planned.trials if facts.origins[trial.trial_id] == origin]
         if those or origin in ("new", "unfinished", "reused"):
