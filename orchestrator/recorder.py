@@ -20,6 +20,7 @@ from orchestrator.retry import MAX_LOSSES_WITHOUT_PROGRESS
 
 log = logging.getLogger(__name__)
 
+_MAX_NODES = 3  # that a trial may lose without getting further, before it is its fault
 _ROOM_SECONDS, _SAY_SECONDS = 1.0, 60.0  # between two tries while the disk is full, and between two words about it
 
 
@@ -73,6 +74,7 @@ class Recorder:
         self._over = over
         self._changed = changed
         self.live: dict[str, Live] = {}
+        self._nodes: dict[str, int] = {}  # how many nodes were lost with each trial since it last got further
         self.broken: set[str] = set()
 
     def handle(self, trial_id: str, event: Mapping[str, Any]) -> None:
@@ -112,7 +114,7 @@ class Recorder:
         elif kind == "lost":
             self._lost(trial_id, event["attempt"], event["reason"], charged=event.get("charged", True))
         elif kind == "process_lost":
-            self._process_lost(trial_id, str(event["reason"]))
+            self._process_lost(trial_id, str(event["reason"]), node=bool(event.get("node")))
         else:
             self._ended(trial_id, event["attempt"], Outcome(**event["outcome"]))
 
@@ -130,8 +132,11 @@ class Recorder:
         progressed = live is not None and live.first_step is not None
         self._ledger.lose_attempt(trial_id, attempt, reason[-2000:], progressed if charged else None)
 
-    def _process_lost(self, trial_id: str, reason: str) -> None:
-        """The trial's own process is gone; it fails where it got no further for the second time."""
+    def _process_lost(self, trial_id: str, reason: str, *, node: bool) -> None:
+        """The trial's own process is gone; it fails where it got no further for the second time.
+
+        With its `node` it is no fault of the trial, unless it takes one node after another.
+        """
         row = self._ledger.row(trial_id)
         if row.state == "planned":  # it never came to begin an attempt
             number = self._layout.trial(trial_id).begin_attempt(row.attempts)
@@ -141,8 +146,10 @@ class Recorder:
             return
         live = self.live.get(trial_id)
         progressed = live is not None and live.first_step is not None
-        if progressed or row.stalled + 1 < MAX_LOSSES_WITHOUT_PROGRESS:
-            self._lost(trial_id, row.attempts, reason)
+        self._nodes[trial_id] = 0 if progressed else self._nodes.get(trial_id, 0) + node
+        charged = not node or self._nodes[trial_id] > _MAX_NODES
+        if not charged or progressed or row.stalled + 1 < MAX_LOSSES_WITHOUT_PROGRESS:
+            self._lost(trial_id, row.attempts, reason, charged=charged)
             return
         message = "the trial's process was lost twice without getting further"
         error = {"type": "ProcessLost", "message": message, "traceback": reason[-4000:]}

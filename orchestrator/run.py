@@ -108,12 +108,14 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
         should_stop: asked all the time; once true everything ends.
     """
     from ray import tune
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from orchestrator.mailbox import Mailbox
     from orchestrator.trial import ThinTrial
     from orchestrator.tune_callback import Draws, DriverStops, Events
 
-    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # dies with us alone
+    mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     draws = Draws(source, mailbox, should_stop)
     trainable = tune.with_resources(tune.with_parameters(ThinTrial, mailbox=mailbox), _resources)
     scratch = Path(tempfile.mkdtemp(prefix="orchestrate-tune-"))

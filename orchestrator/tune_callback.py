@@ -6,8 +6,10 @@ being the truth: what these hold stays in the driver, and their copies hold noth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -55,6 +57,10 @@ class Draws(Searcher):
         """Nothing: the ledger is the truth."""
 
 
+# What Ray says where a node, or the way to it, is gone.
+_OF_NODE = re.compile(r"node has died|NodeDied|node .* (dead|terminated|preempted)|is unavailable|Socket closed")
+
+
 def _nothing(*_: Any) -> None: ...
 
 
@@ -82,9 +88,18 @@ class Events(Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """The thin trial's own process is gone, with its node perhaps."""
-        reason = str(trial.get_error() or "the trial's process ended")
-        self._handle(trial.config["trial"], {"kind": "process_lost", "reason": reason[-4000:]})
+        reason = _reason(trial)
+        event = {"kind": "process_lost", "reason": reason[-4000:], "node": _OF_NODE.search(reason) is not None}
+        self._handle(trial.config["trial"], event)
         self._over(trial.config["trial"])
+
+
+def _reason(trial: Any) -> str:
+    """What Tune wrote down of a trial's error, which it brings to its storage only later."""
+    written = trial.error_file
+    if written is None or not Path(written).is_file():
+        return "the trial's process ended"
+    return Path(written).read_text(errors="replace")
 
 
 class DriverStops(Stopper):
