@@ -28,9 +28,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Small:
     return small
 
 
-def begin(small: Small) -> subprocess.Popen[str]:
+def begin(small: Small, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        small.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        small.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
     )
 
 
