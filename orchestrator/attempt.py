@@ -126,6 +126,7 @@ class Outcome:
     data_fingerprint: str | None = None
     error: Mapping[str, str] | None = None
     retryable: bool = False
+    lost: bool = False  # retryable as long as attempts get further: the process was lost, or made no progress
     poisoned: bool = False  # the process must not run anything else
     out_of_memory: bool = False  # of the device
     disk_full: bool = False

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator import cli_look, cli_run, cli_store
+from orchestrator import cli_look, cli_mend, cli_run, cli_store
 
 app = typer.Typer(
     name="orchestrate",
@@ -45,6 +45,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": cli_store.import_,
     "submit": cli_run.submit,
     "ui": cli_look.ui,
+    "doctor": cli_mend.doctor,
+    "clean": cli_mend.clean,
     "schema": cli_look.schema,
 }
 for _name, _function in COMMANDS.items():

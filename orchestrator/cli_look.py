@@ -54,23 +54,29 @@ def status(
     sweep: Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")] = None,
     storage: Storage = RUNS,
     state: State = None,
-    failures: Annotated[bool, typer.Option("--failures", help="Show tracebacks of failed trials.")] = False,
+    failures: Annotated[
+        bool, typer.Option("--failures", help="Show tracebacks of failed trials and the end of their logs.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
-    """Show the states of a sweep's trials."""
-    from orchestrator import inspect
+    """Show who runs a sweep, how far its trials are, and what they have spent."""
+    from orchestrator import status as command
 
-    inspect.status(sweep, storage, state or storage, failures=failures)
+    command.status(command.Asked(sweep, storage, state or storage, failures, json_, watch))
 
 
 def logs(
     trial: TrialName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the trial runs.")] = False,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Of this attempt only.")] = None,
     storage: Storage = RUNS,
     state: State = None,
 ) -> None:
-    """Print the log of a trial, attempt by attempt."""
+    """Print the log of a trial, attempt by attempt and rank by rank."""
     from orchestrator import inspect
 
-    inspect.logs(trial, storage, state or storage)
+    inspect.logs(trial, storage, state or storage, attempt=attempt, follow=follow)
 
 
 def report(

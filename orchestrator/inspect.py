@@ -1,71 +1,78 @@
-"""The commands that look at sweeps without running them: status, logs, stop, report."""
+"""The commands logs, stop and report, and which sweep or trial a user means."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from orchestrator.layout import SweepLayout
-from orchestrator.ledger import Ledger, LedgerError, TrialRow
+from orchestrator.layout import SweepLayout, TrialLayout
+from orchestrator.ledger import Ledger, TrialRow
+from orchestrator.who_runs import holder_of
+
+_FOLLOW_SECONDS = 0.5
 
 
-def status(sweep: str | None, storage: Path, state: Path, *, failures: bool) -> None:
-    """Print counts of all sweeps, or every trial of one.
-
-    Raises:
-        ValueError: there is no such sweep.
-    """
-    if sweep is None:
-        layouts = list(_sweeps(storage, state))
-        for layout in layouts:
-            try:
-                counts = _counts(_rows(layout))
-            except LedgerError as error:
-                print(f"{layout.name}: {error}")
-                continue
-            print(f"{layout.name}: {', '.join(f'{n} {name}' for name, n in counts.items())}")
-        if not layouts:
-            print(f"no sweeps under {state}")
-        return
-    layout = _layout(sweep, storage, state)
-    if not layout.ledger.is_file():
-        raise ValueError(
-            f"{layout.ledger} is missing; running the sweep again takes finished trials from their folders"
-        )
-    for row in _rows(layout):
-        print(_line(row))
-        if failures and row.error is not None:
-            print(row.error.get("traceback") or row.error.get("message"))
-
-
-def _line(row: TrialRow) -> str:
-    step = "" if row.last_step is None else f" step {row.last_step}{_of_steps(row)}"
-    error = ""
-    if row.error is not None:
-        text = str(row.error.get("message") or row.error.get("type"))
-        error = f" — {text.splitlines()[0][:100]}"
-    return f"{row.trial_id} {row.state:9} attempts {row.attempts}{step}  {row.name}{error}"
-
-
-def _of_steps(row: TrialRow) -> str:
-    steps = row.config.get("optim", {}).get("steps")  # of programs and of imported trials only what was given
-    return "" if steps is None else f"/{steps}"
-
-
-def logs(trial: str, storage: Path, state: Path) -> None:
-    """Print the logs of all attempts of a trial.
+def logs(trial: str, storage: Path, state: Path, *, attempt: int | None = None, follow: bool = False) -> None:
+    """Print the logs of a trial, of all its attempts or of one, each rank's; with `follow` go on while it runs.
 
     Raises:
-        ValueError: no trial, or more than one, is meant.
+        ValueError: no trial, or more than one, is meant, or it has no such attempt.
     """
     layout, row = find(trial, storage, state)
     folder = layout.trial(row.trial_id)
-    for number in folder.attempts():
-        print(f"=== {row.name}, attempt {number} ===")
-        if folder.log(number).is_file():
-            print(folder.log(number).read_text(errors="replace"), end="")
-    if row.error is not None:
-        print(row.error.get("traceback") or row.error.get("message"))
+    if attempt is not None and attempt not in folder.attempts():
+        known = ", ".join(map(str, folder.attempts())) or "none yet"
+        raise ValueError(f"{row.name} has no attempt {attempt}; attempts: {known}")
+    shown: dict[Path, int] = {}
+    while True:
+        over = not follow or not _is_awaited(layout, row.trial_id)
+        for number in [attempt] if attempt is not None else folder.attempts():
+            for log in _logs_of(folder, number):
+                _print_more(log, shown, f"=== {row.name}, attempt {number}{_rank_of(log)} ===")
+        if over:
+            break
+        time.sleep(_FOLLOW_SECONDS)
+    if not any(shown.values()) and attempt is None and folder.log_file.is_file():  # those of attempts were cleaned
+        print(folder.log_file.read_text(errors="replace"), end="")
+    error = _row(layout, row.trial_id).error
+    if error is not None and attempt in (None, row.attempts):
+        print(error.get("traceback") or error.get("message"))
+
+
+def _logs_of(folder: TrialLayout, number: int) -> list[Path]:
+    """The logs of an attempt, the first rank's first."""
+    others = folder.attempt(number).glob("log.rank*.txt")
+    return [folder.log(number), *sorted(others, key=lambda path: (len(path.name), path.name))]
+
+
+def _rank_of(log: Path) -> str:
+    rank = log.stem.removeprefix("log.rank")
+    return f", rank {rank}" if rank != log.stem else ""
+
+
+def _print_more(log: Path, shown: dict[Path, int], title: str) -> None:
+    """Print what of a log was not printed before; a title comes before the first of it."""
+    if log not in shown:
+        print(title)
+    with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+        file.seek(shown.get(log, 0))
+        content = file.read()
+        print(content.decode(errors="replace"), end="", flush=True)
+        shown[log] = file.tell()
+    shown.setdefault(log, 0)
+
+
+def _is_awaited(layout: SweepLayout, trial_id: str) -> bool:
+    """Whether a trial may still log something: it is not over, and somebody runs the sweep."""
+    holder = holder_of(layout.lock)
+    return holder is not None and holder.alive and _row(layout, trial_id).state in ("planned", "running")
+
+
+def _row(layout: SweepLayout, trial_id: str) -> TrialRow:
+    with Ledger.open(layout.ledger, writer=False) as ledger:
+        return ledger.row(trial_id)
 
 
 def stop(trial: str, storage: Path, state: Path) -> None:
@@ -81,7 +88,7 @@ def stop(trial: str, storage: Path, state: Path) -> None:
     print(f"{row.name} will checkpoint and end as stopped")
 
 
-def report(sweeps: Sequence[str], storage: Path) -> None:
+def report(names: Sequence[str], storage: Path) -> None:
     """Write tables, figures and report of each sweep and print its table.
 
     Raises:
@@ -91,8 +98,8 @@ def report(sweeps: Sequence[str], storage: Path) -> None:
 
     from analysis.run import analyse
 
-    for name in sweeps:
-        layout = _layout(name, storage, storage)
+    for name in names:
+        layout = sweep_layout(name, storage, storage)
         analysis = analyse(layout.root)
         Console(soft_wrap=True).print(analysis.terminal)
         for problem in analysis.problems:
@@ -101,7 +108,8 @@ def report(sweeps: Sequence[str], storage: Path) -> None:
         print(f"tables {layout.tables}/*.parquet\nreport {layout.report}")
 
 
-def _sweeps(storage: Path, state: Path) -> Iterator[SweepLayout]:
+def sweeps(storage: Path, state: Path) -> Iterator[SweepLayout]:
+    """All sweeps that have a ledger under `state`, by name."""
     folders = sorted(state.iterdir()) if state.is_dir() else []
     for folder in folders:
         layout = SweepLayout(storage.resolve(), state.resolve(), folder.name)
@@ -109,11 +117,16 @@ def _sweeps(storage: Path, state: Path) -> Iterator[SweepLayout]:
             yield layout
 
 
-def _layout(sweep: str, storage: Path, state: Path) -> SweepLayout:
+def sweep_layout(sweep: str, storage: Path, state: Path) -> SweepLayout:
+    """The files of a sweep.
+
+    Raises:
+        ValueError: there is no such sweep.
+    """
     layout = SweepLayout(storage.resolve(), state.resolve(), sweep)
     known = [folder.name for folder in storage.iterdir()] if storage.is_dir() else []
     if sweep not in known or not layout.plan.is_file():
-        listed = ", ".join(found.name for found in _sweeps(storage, state)) or "none yet"
+        listed = ", ".join(found.name for found in sweeps(storage, state)) or "none yet"
         raise ValueError(f"there is no sweep {sweep!r} under {storage}; sweeps: {listed}")
     return layout
 
@@ -123,13 +136,6 @@ def _rows(layout: SweepLayout) -> list[TrialRow]:
         return []
     with Ledger.open(layout.ledger, writer=False) as ledger:
         return ledger.rows()
-
-
-def _counts(rows: Sequence[TrialRow]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.state] = counts.get(row.state, 0) + 1
-    return counts
 
 
 def find(trial: str, storage: Path, state: Path) -> tuple[SweepLayout, TrialRow]:
@@ -146,7 +152,7 @@ def matching(trial: str, storage: Path, state: Path) -> list[tuple[SweepLayout, 
     sweep, _, wanted = trial.rpartition("/")
     return [
         (layout, row)
-        for layout in _sweeps(storage, state)
+        for layout in sweeps(storage, state)
         if not sweep or layout.name == sweep
         for row in _rows(layout)
         if wanted and (row.trial_id.startswith(wanted) or row.name == wanted)

@@ -244,7 +244,8 @@ def _outcome(ended: _Ended, lines: ProgramReport, job: Job, layout: TrialLayout,
     known = Outcome("finished", steps=lines.steps or 0, threads=threads)
     if ended.error is not None:
         error = {"type": ended.error["type"], "message": ended.error["message"], "traceback": output}
-        return replace(known, status="failed", error=error, retryable=ended.error["retryable"])
+        again = ended.error["retryable"]
+        return replace(known, status="failed", error=error, retryable=again, lost=again)
     if lines.status == "diverged":
         message = lines.message or "the program says that it diverged"
         return replace(known, status="diverged", error={"type": "Diverged", "message": message, "traceback": output})
@@ -261,4 +262,4 @@ def _outcome(ended: _Ended, lines: ProgramReport, job: Job, layout: TrialLayout,
         kind, how = ("ProcessLost" if ended.code in _LOST_CODES else "ProgramFailed"), f"ended with code {ended.code}"
     error = {"type": kind, "message": f"the program {how}: {said[:2000]}", "traceback": output}
     is_lost, full = kind == "ProcessLost", not has_room(layout.root)
-    return replace(known, status="failed", error=error, retryable=is_lost, disk_full=full)
+    return replace(known, status="failed", error=error, retryable=is_lost, lost=is_lost, disk_full=full)

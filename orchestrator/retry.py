@@ -65,7 +65,8 @@ def after(outcome: Outcome, history: History, number: int, job: Job) -> Mapping[
             history.save_memory = True
             reason = f"{message}; tried again with activation checkpointing, which computes the same"
             return {"kind": "lost", "attempt": number, "reason": reason, "charged": False}
-        if outcome.retryable and history.may_retry_error():
+        may_retry = history.may_retry_loss if outcome.lost else history.may_retry_error
+        if outcome.retryable and may_retry():
             return {"kind": "lost", "attempt": number, "reason": message}
     return {"kind": "ended", "attempt": number, "outcome": outcome.to_json()}
 

@@ -6,19 +6,18 @@ import contextlib
 import hashlib
 import io
 import logging
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainers.checkpoint_files import by_step, checksum_path, is_whole, name_of, set_aside, step_of
 from trainers.files import write_whole
 
-log = logging.getLogger(__name__)
+__all__ = ["first_whole", "folders_of", "load_newest", "name_of", "read", "save", "step_of", "steps"]
 
-_NAME = re.compile(r"^step_(\d{9})\.pt$")
-DAMAGED = ".damaged"
+log = logging.getLogger(__name__)
 
 
 def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 1, keep_steps: Collection[int] = ()) -> Path:
@@ -33,27 +32,27 @@ def save(directory: Path, step: int, state: Mapping[str, Any], keep: int = 1, ke
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     payload = buffer.getbuffer()
-    write_whole(_checksum_path(path), f"{hashlib.sha256(payload).hexdigest()}  {path.name}\n".encode())
+    write_whole(checksum_path(path), f"{hashlib.sha256(payload).hexdigest()}  {path.name}\n".encode())
     write_whole(path, payload)
-    for old in _by_step([directory])[keep:]:
+    for old in by_step([directory])[keep:]:
         if step_of(old) not in keep_steps:
             old.unlink()
-            _checksum_path(old).unlink(missing_ok=True)
+            checksum_path(old).unlink(missing_ok=True)
     return path
 
 
 def load_newest(directories: Iterable[Path]) -> dict[str, Any] | None:
     """The newest whole checkpoint of all `directories`, or None; damaged ones are renamed aside with a warning."""
-    for path in _by_step(dict.fromkeys(directories)):
+    for path in by_step(dict.fromkeys(directories)):
         try:
             payload = path.read_bytes()
         except FileNotFoundError:  # whoever owns the folder has just written a newer one
             continue
-        if _is_whole(path, payload):
+        if is_whole(path, payload):
             return _loaded(payload)
         log.warning("checkpoint %s is damaged; it is set aside and the one before is used", path)
         with contextlib.suppress(FileNotFoundError):
-            path.rename(path.with_name(path.name + DAMAGED))
+            set_aside(path)
     return None
 
 
@@ -67,8 +66,8 @@ def read(path: Path) -> dict[str, Any]:
         payload = path.read_bytes()
     except OSError as error:
         raise ValueError(f"checkpoint {path} cannot be read: {error.strerror}") from error
-    if not _is_whole(path, payload):
-        raise ValueError(f"checkpoint {path} is damaged: it does not have the checksum in {_checksum_path(path).name}")
+    if not is_whole(path, payload):
+        raise ValueError(f"checkpoint {path} is damaged: it does not have the checksum in {checksum_path(path).name}")
     return _loaded(payload)
 
 
@@ -89,7 +88,7 @@ def first_whole(paths: Sequence[Path]) -> dict[str, Any]:
 def steps(directories: Iterable[Path]) -> dict[int, list[Path]]:
     """Checkpoint files, damaged ones too, of all `directories` by step, newest step first."""
     found: dict[int, list[Path]] = {}
-    for path in _by_step(dict.fromkeys(directories)):
+    for path in by_step(dict.fromkeys(directories)):
         found.setdefault(step_of(path), []).append(path)
     return found
 
@@ -100,34 +99,6 @@ def folders_of(trial: Path) -> list[Path]:
     return [folder for folder in folders if folder.is_dir()]
 
 
-def name_of(step: int) -> str:
-    """File name of the checkpoint of a step."""
-    return f"step_{step:09d}.pt"
-
-
-def step_of(path: Path) -> int:
-    """The step of a checkpoint by its file name."""
-    return int(path.stem.removeprefix("step_"))
-
-
 def _loaded(payload: bytes) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     return state
-
-
-def _is_whole(path: Path, payload: bytes) -> bool:
-    checksum = _checksum_path(path)
-    if not checksum.is_file():
-        return False
-    expected, _, name = checksum.read_text(errors="replace").strip().partition("  ")
-    return name == path.name and expected == hashlib.sha256(payload).hexdigest()
-
-
-def _checksum_path(path: Path) -> Path:
-    return path.with_name(path.name + ".sha256")
-
-
-def _by_step(directories: Iterable[Path]) -> list[Path]:
-    """Checkpoint files of all directories, newest step first."""
-    found = [path for directory in directories if directory.is_dir() for path in directory.iterdir()]
-    return sorted((path for path in found if _NAME.match(path.name)), key=lambda path: path.name, reverse=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tests.orchestrator.sweeps import Small
+from tests.orchestrator.sweeps import environment as user_environment
 
 # Imported once, by the process that all drivers are forked from.
 _PRELOADED = (
@@ -52,26 +55,43 @@ class Start:
     output: str
     point: Point | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    setup: str | None = None  # "module:function", called before the driver with the storage folder
+    setup: str | None = None  # "module:function", called before the driver with the folder of the sweep file
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def begin(small: Small, point: Point | None = None, *, setup: str | None = None, **options: Any) -> BaseProcess:
+def begin(
+    small: Small,
+    point: Point | None = None,
+    *,
+    setup: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> BaseProcess:
     """Start an in-process driver of `small`'s sweep; it dies by SIGKILL at `point`, if it gets there."""
     context = multiprocessing.get_context("forkserver")  # a fork of this process would have pytest's threads and locks
     context.set_forkserver_preload(list(_PRELOADED))
     said = str(small.folder / "output.txt")
-    start = Start(str(small.folder / "small.yaml"), str(small.storage), said, point, options, setup)
+    start = Start(str(small.folder / "small.yaml"), str(small.storage), said, point, options, setup, environment or {})
     process = context.Process(target=_drive, args=(start,))
     process.start()
     return process
 
 
-def drive(small: Small, point: Point | None = None, *, setup: str | None = None, **options: Any) -> int:
-    """The exit code of a driver of `small`'s sweep, -9 where it was killed."""
-    process = begin(small, point, setup=setup, **options)
+def drive(small: Small, point: Point | None = None, **settings: Any) -> int:
+    """The exit code of a driver of `small`'s sweep, -9 where it was killed; `settings` as `begin` takes them."""
+    process = begin(small, point, **settings)
     process.join(180)
     assert process.exitcode is not None, "the driver did not end"
     return process.exitcode
+
+
+def template(folder: Path) -> Small:
+    """A storage in which data are decoded and MLflow has its tables, which takes longer than a small sweep."""
+    small = Small(folder, steps=8)
+    small.write(seeds=[0])
+    code = drive(small, Point("orchestrator.tracking_store:Store.__init__"))
+    assert code == -9, output(small)
+    return small
 
 
 def prepared(folder: Path, template: Small, **changes: Any) -> Small:
@@ -92,17 +112,42 @@ def _drive(start: Start) -> None:
     descriptor = os.open(start.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.environ.update(start.environment)
     from orchestrator import driver
 
     if start.setup is not None:
-        _resolve(start.setup)(Path(start.storage))
+        _resolve(start.setup)(Path(start.file).parent)
     if start.point is not None:
         die_at(start.point)
     folder = Path(start.storage)
-    options = {"in_process": True, "quiet": True, **start.options}
-    code = driver.sweep(driver.Options(file=Path(start.file), storage=folder, state=folder, **options))
+    own = {"file": Path(start.file), "storage": folder, "state": folder, "in_process": True, "quiet": True}
+    code = driver.sweep(driver.Options(**{**own, **start.options}))
     sys.stdout.flush()
     os._exit(code)
+
+
+def begin_on_ray(small: Small, environment: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
+    """Start a driver of `small`'s sweep that runs trials on a Ray of its own; a process group of its own too."""
+    root = str(Path(__file__).parents[2])
+    code = "import sys; from tests.reliability.drivers import main; main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(small.folder / "small.yaml"), str(small.storage), json.dumps(options)]
+    with (small.folder / "output.txt").open("a") as said:
+        return subprocess.Popen(
+            command,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**user_environment(), "PYTHONPATH": root, **environment},
+        )
+
+
+def main(file: str, storage: str, options: str) -> None:
+    """What `begin_on_ray` runs."""
+    from orchestrator import driver
+
+    asked = {"quiet": True, **json.loads(options)}
+    raise SystemExit(driver.sweep(driver.Options(file=Path(file), storage=Path(storage), state=Path(storage), **asked)))
 
 
 def _resolve(name: str) -> Any:

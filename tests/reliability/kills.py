@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from orchestrator import training
 from orchestrator.attempt import Job, Outcome, Report
@@ -38,10 +40,14 @@ def slowly(job: Job, layout: TrialLayout, number: int, report: Report, asked: As
 
 
 def deaf(job: Job, layout: TrialLayout, number: int, report: Report, asked: Ask) -> Outcome:
-    """A trial that hears nothing for two minutes."""
-    report(1, {"train/loss": 1.0})
-    time.sleep(120)
-    return Outcome("finished", steps=1)
+    """Real training that hears nothing for two minutes after its first step."""
+    calls = itertools.count()
+
+    def sleep() -> None:
+        if next(calls) == 1:
+            time.sleep(120)
+
+    return training.run(job, layout, number, report, sleep)
 
 
 def dies_with_registers(job: Job, layout: TrialLayout, number: int, report: Report, asked: Ask) -> Outcome:
@@ -63,7 +69,10 @@ class Struck:
 def kill(small: Small, driver: BaseProcess | subprocess.Popen[str]) -> list[Struck]:
     """SIGKILL a driver; the trials that were running in it."""
     driver.kill()
-    driver.join() if isinstance(driver, BaseProcess) else driver.communicate()
+    if isinstance(driver, BaseProcess):
+        driver.join()
+    else:
+        driver.communicate(timeout=60)
     sql = """SELECT trial_id, attempts, (SELECT max(step) FROM metrics m WHERE m.trial_id = t.trial_id)
         FROM trials t WHERE state = 'running'"""
     return [Struck(trial, attempt, step or 0) for trial, attempt, step in _read(small, sql)]
@@ -106,9 +115,9 @@ def points(small: Small) -> int:
     return int(found[0][0]) if found else 0
 
 
-def last_step(small: Small) -> int:
-    """The highest step that any trial has reported."""
-    found = _read(small, "SELECT coalesce(max(step), 0) FROM metrics")
+def steps(small: Small) -> int:
+    """How many different steps all trials together have reported."""
+    found = _read(small, "SELECT count(*) FROM (SELECT DISTINCT trial_id, step FROM metrics)")
     return int(found[0][0]) if found else 0
 
 
@@ -125,6 +134,16 @@ def wait_for(
     return True
 
 
+def wait_for_points(small: Small, driver: BaseProcess | subprocess.Popen[str], number: int) -> bool:
+    """Wait until the ledger holds so many metrics; False where the driver has ended before."""
+    return wait_for(lambda: points(small) >= number, driver)
+
+
+def wait_for_steps(small: Small, driver: BaseProcess | subprocess.Popen[str], number: int) -> bool:
+    """Wait until so many steps have been reported; False where the driver has ended before."""
+    return wait_for(lambda: steps(small) >= number, driver)
+
+
 def exit_code(driver: BaseProcess | subprocess.Popen[str]) -> int | None:
     """The exit code, None while the driver runs."""
     return driver.exitcode if isinstance(driver, BaseProcess) else driver.poll()
@@ -136,7 +155,7 @@ def send(driver: BaseProcess, number: signal.Signals) -> None:
     os.kill(driver.pid, number)
 
 
-def _read(small: Small, sql: str) -> list[tuple[object, ...]]:  # type: ignore[type-arg]
+def _read(small: Small, sql: str) -> list[tuple[Any, ...]]:
     path = small.root / "ledger.db"
     if not path.is_file():
         return []

@@ -7,11 +7,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from pathlib import Path
 
 from orchestrator import training
 from orchestrator.attempt import Job, Outcome, Report
 from orchestrator.layout import TrialLayout
-from tests.orchestrator.sweeps import Small
 
 PAUSE = "RELIABILITY_PAUSE_SECONDS"  # of a trial, after each report
 
@@ -39,9 +39,9 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def query(small: Small, sql: str) -> list[tuple[int | float | str | None, ...]]:
-    """Rows of the ledger; none while there is none."""
-    path = small.root / "ledger.db"
+def query(path: Path, sql: str) -> list[tuple[int | float | str | None, ...]]:
+    """Rows of the SQLite file at `path`, or of the ledger in that folder; none while there is none."""
+    path = path / "ledger.db" if path.is_dir() else path
     if not path.is_file():
         return []
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10)) as database:
@@ -51,7 +51,7 @@ def query(small: Small, sql: str) -> list[tuple[int | float | str | None, ...]]:
             return []
 
 
-def reported(small: Small) -> int:
-    """How many points the ledger holds."""
-    rows = query(small, "SELECT count(*) FROM metrics")
+def reported(folder: Path) -> int:
+    """How many points the ledger of the sweep in `folder` holds."""
+    rows = query(folder, "SELECT count(*) FROM metrics")
     return int(rows[0][0] or 0) if rows else 0

@@ -63,7 +63,7 @@ def test_a_driver_killed_at_random_moments_while_ray_runs_its_trials(
         known = kills.points(small)
         driver = drivers.begin(small, train=kills.SLOWLY, in_process=False)
         if number < num_kills - 1:
-            assert kills.wait_for(lambda known=known: kills.points(small) > known, driver), drivers.output(small)
+            assert kills.wait_for_points(small, driver, known + 1), drivers.output(small)
             driver.join(generator.uniform(0, 3 * kills.STEP_SECONDS))
         else:
             driver.join(generator.uniform(1, 4))

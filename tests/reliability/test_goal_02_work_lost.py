@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 STEPS = 48  # each is reported, as up to 50 are
 INTERVAL_SECONDS = 0.3
 INTERVAL = 1 + int(INTERVAL_SECONDS / kills.STEP_SECONDS)  # steps, the one after which the interval is over included
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "train": kills.SLOWLY,
     "overrides": [f"execution.checkpoint_seconds={INTERVAL_SECONDS}"],
     "name": "small",
@@ -36,12 +37,12 @@ def test_a_killed_trial_trains_at_most_one_checkpoint_interval_again(template: S
     undisturbed = prepared(tmp_path / "undisturbed", template)
     expected = seconds_of_driver(undisturbed)
     small = prepared(tmp_path / "killed", template)
-    spent, restarts, struck, begun = 0.0, 0.0, list[kills.Struck](), list[datetime]()
-    for step in (11, 24, 37):  # three kills, each between two checkpoints if intervals are not in the way
+    spent, struck, begun = 0.0, list[kills.Struck](), list[datetime]()
+    for step in (11, 24, 37):
         begun.append(datetime.now())
         started = time.monotonic()
         driver = drivers.begin(small, **OPTIONS)
-        assert kills.wait_for(lambda step=step: kills.last_step(small) >= step, driver), drivers.output(small)
+        assert kills.wait_for_steps(small, driver, step), drivers.output(small)
         struck += kills.kill(small, driver)
         spent += time.monotonic() - started
     begun.append(datetime.now())
@@ -50,6 +51,6 @@ def test_a_killed_trial_trains_at_most_one_checkpoint_interval_again(template: S
     lost = kills.lost_steps(small, struck)
     assert len(lost) == 3
     assert max(lost) <= INTERVAL, lost
-    for strike, restarted in zip(struck, begun[1:], strict=True):
-        restarts += (kills.resumed_at(small, strike) - restarted).total_seconds()
+    resumed = [kills.resumed_at(small, strike) for strike in struck]
+    restarts = sum((late - early).total_seconds() for early, late in zip(begun[1:], resumed, strict=True))
     assert spent - restarts <= 1.2 * expected, (spent, restarts, expected)

@@ -177,9 +177,7 @@ def _write_for_ever(write: Callable[[Path, int], None], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
-def test_writers_killed_at_random_moments_leave_one_of_both(
-    write: Callable[[Path, int], None], tmp_path: Path
-) -> None:
+def test_writers_killed_at_random_moments_leave_one_of_both(write: Callable[[Path, int], None], tmp_path: Path) -> None:
     draw = random.Random(7)
     write(tmp_path, 1)
     with Reader(tmp_path) as reader:

@@ -1,0 +1,259 @@
+"""Which trial begins next, what its end leads to, what running trials are told, and what a trial asks for; no Ray."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.attempt import Job, Outcome, Place, free_address
+from orchestrator.control import Control
+from orchestrator.dispatch import Dispatch
+from orchestrator.layout import SweepLayout
+from orchestrator.ledger import Ledger
+from orchestrator.mailbox import Mailbox
+from orchestrator.plan import PlannedTrial, build_plan
+from orchestrator.queue import Queue
+from orchestrator.retry import History, after
+from orchestrator.run_request import Request, clip
+from orchestrator.spec import read_sweep
+from orchestrator.watch import Watch
+from tests.orchestrator.sweeps import Small
+
+
+@pytest.fixture
+def trials(tmp_path: Path) -> tuple[PlannedTrial, ...]:
+    return build_plan(read_sweep(Small(tmp_path, registers=(0,)).write(seeds=[0, 1, 2, 3]))).trials
+
+
+def ids(trials: Sequence[PlannedTrial]) -> list[str]:
+    return [trial.trial_id for trial in trials]
+
+
+class TestQueue:
+    def test_trials_begin_in_their_order_and_a_lost_one_goes_first(self, trials: tuple[PlannedTrial, ...]) -> None:
+        queue = Queue()
+        queue.add(trials[:3])
+        queue.add(trials)  # known ones are left out
+        first, second = queue.draw(), queue.draw()
+        assert (first, second) == trials[:2]
+        queue.over(trials[0].trial_id, again=True)
+        assert [queue.draw() for _ in range(4)] == [trials[0], trials[2], trials[3], None]
+        assert set(queue.flying) == set(ids(trials))
+
+    def test_a_limit_holds_and_can_change(self, trials: tuple[PlannedTrial, ...]) -> None:
+        queue = Queue(limit=1)
+        queue.add(trials)
+        assert queue.draw() is not None
+        assert queue.draw() is None
+        queue.limit = 2
+        assert queue.draw() is not None
+        queue.limit = 0
+        queue.over(trials[0].trial_id, again=False)
+        assert queue.draw() is None and not queue.is_empty()
+
+    def test_a_closed_queue_is_over_once_nothing_runs(self, trials: tuple[PlannedTrial, ...]) -> None:
+        queue = Queue()
+        queue.add(trials)
+        drawn = queue.draw()
+        queue.closed = "the budget is used up"
+        assert drawn is not None and queue.draw() is None and not queue.is_empty()
+        queue.over(drawn.trial_id, again=True)
+        assert queue.is_empty()
+
+    def test_only_those_that_may_begin_are_drawn(self, trials: tuple[PlannedTrial, ...]) -> None:
+        queue = Queue()
+        queue.add(trials)
+        last = trials[3].trial_id
+        assert queue.draw(lambda trial_id: trial_id == last) == trials[3]
+        queue.over(last, again=False)
+        assert queue.is_empty(lambda _trial_id: False) and not queue.is_empty()
+
+
+class Follows:
+    """A growth: the second trial follows when the first has finished."""
+
+    def __init__(self, first: PlannedTrial, second: PlannedTrial) -> None:
+        self.first, self.second, self.named = first, second, False
+
+    def more(self, ledger: Ledger) -> list[PlannedTrial]:
+        if self.named or ledger.row(self.first.trial_id).state != "finished":
+            return []
+        self.named = True
+        return [self.second]
+
+    def is_over(self, ledger: Ledger) -> bool:
+        return self.named
+
+
+class TestDispatch:
+    @pytest.fixture
+    def ledger(self, tmp_path: Path, trials: tuple[PlannedTrial, ...]) -> Any:
+        with Ledger.open(tmp_path / "ledger.db") as ledger:
+            ledger.plan(trials[:1])
+            yield ledger
+
+    def dispatch(self, ledger: Ledger, trials: Sequence[PlannedTrial], leaving: list[bool]) -> Dispatch:
+        queue = Queue()
+        growth = Follows(trials[0], trials[1])
+        made = Dispatch(ledger, queue, [growth], lambda _trial: None, lambda: bool(leaving))
+        made.add(trials[:1])
+        made.grow()
+        made.make_job = lambda trial: (Job(trial.trial_id, trial.name, {}, "", "", 1), Request(1, 0))
+        return made
+
+    def drawn(self, dispatch: Dispatch) -> str | None:
+        found = dispatch.draw()
+        return None if found is None else found[0].trial_id
+
+    def test_a_finished_trial_leads_to_the_one_that_follows(
+        self, ledger: Ledger, trials: tuple[PlannedTrial, ...]
+    ) -> None:
+        dispatch = self.dispatch(ledger, trials, leaving=[])
+        first, second = ids(trials[:2])
+        assert self.drawn(dispatch) == first and self.drawn(dispatch) is None and not dispatch.is_over()
+        ledger.start_attempt(first, 1, "host", 1)
+        ledger.finish(first, 1, "finished", {}, None)
+        dispatch.over(first)
+        assert ledger.row(second).state == "planned"
+        assert self.drawn(dispatch) == second
+
+    def test_a_lost_trial_is_given_out_again_until_it_got_no_further_twice(
+        self, ledger: Ledger, trials: tuple[PlannedTrial, ...]
+    ) -> None:
+        dispatch = self.dispatch(ledger, trials, leaving=[])
+        first = trials[0].trial_id
+        for number, progressed in enumerate([True, False, True, None, False], 1):
+            assert self.drawn(dispatch) == first
+            ledger.start_attempt(first, number, "host", 1)
+            ledger.lose_attempt(first, number, "killed", progressed)
+            dispatch.over(first)
+        assert self.drawn(dispatch) == first
+        ledger.start_attempt(first, 6, "host", 1)
+        ledger.lose_attempt(first, 6, "killed", progressed=False)
+        dispatch.over(first)
+        assert self.drawn(dispatch) is None and dispatch.is_over()
+
+    def test_who_leaves_gives_nothing_out(self, ledger: Ledger, trials: tuple[PlannedTrial, ...]) -> None:
+        leaving: list[bool] = []
+        dispatch = self.dispatch(ledger, trials, leaving)
+        first = self.drawn(dispatch)
+        assert first is not None
+        leaving.append(True)
+        ledger.start_attempt(first, 1, "host", 1)
+        ledger.lose_attempt(first, 1, "interrupted", progressed=None)
+        dispatch.over(first)
+        assert self.drawn(dispatch) is None and dispatch.is_over()
+
+
+class TestControl:
+    def test_the_first_reason_holds_and_a_trials_own_goes_before_that_of_all(self) -> None:
+        control, heard = Control(), list[tuple[str | None, str]]()
+        control.ask("a", "pruned")
+        with control.heard_by(lambda trial_id, reason: heard.append((trial_id, reason))):
+            control.ask("a", "stopped")
+            control.ask(None, "interrupted")
+            control.ask(None, "interrupted")
+        control.ask("b", "stopped")  # nobody listens any more
+        assert heard == [("a", "pruned"), (None, "interrupted")]
+        assert [control.look(name) for name in "abc"] == ["pruned", "stopped", "interrupted"]
+
+    def test_a_mailbox_keeps_what_a_trial_was_told_for_its_next_beginning(self) -> None:
+        mailbox = Mailbox()
+        mailbox.put("a", {"name": "x"})
+        assert mailbox.job("a") == ({"name": "x"}, None)
+        mailbox.ask("a", "stopped")
+        mailbox.take_back("a")
+        mailbox.put("a", {"name": "x"})
+        assert mailbox.job("a") == ({"name": "x"}, "stopped")
+
+    def test_a_watch_hears_stop_requests_settings_and_a_spent_budget(
+        self, tmp_path: Path, trials: tuple[PlannedTrial, ...]
+    ) -> None:
+        layout = SweepLayout(tmp_path, tmp_path, "small")
+        queue, control, said = Queue(), Control(), list[str]()
+        queue.add(trials)
+        drawn = queue.draw()
+        assert drawn is not None
+        spent: list[str] = []
+        with Watch(layout, queue, control, lambda: False, lambda: spent[0] if spent else None, said.append):
+            folder = layout.trial(drawn.trial_id)
+            folder.root.mkdir(parents=True)
+            folder.stop_request.touch()
+            layout.settings.write_text(json.dumps({"max_concurrent": 3}))
+            _wait(lambda: control.look(drawn.trial_id) == "stopped" and queue.limit == 3)
+            spent.append("the budget of 1 hours is used up")
+            _wait(lambda: queue.closed is not None and control.look("another") == "interrupted")
+        assert said == ["from now on 3 trials at a time", spent[0]]
+
+
+def _wait(condition: Any) -> None:
+    import time
+
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class TestRequests:
+    def test_each_rank_has_its_bundle_beside_a_sliver_for_the_thin_trial(self) -> None:
+        assert Request(2, 0).bundles() == [{"CPU": 0.01}, {"CPU": 1.99}]
+        assert Request(2, 0, 2).bundles() == [{"CPU": 0.01}, {"CPU": 0.99}, {"CPU": 0.99}]
+        assert Request(4, 2, 2).bundles() == [{"CPU": 0.01}, {"CPU": 1.99, "GPU": 1.0}, {"CPU": 1.99, "GPU": 1.0}]
+        assert Request(1, 0.25).bundles() == [{"CPU": 0.01}, {"CPU": 0.99, "GPU": 0.25}]
+
+    def test_ranks_are_cut_to_the_devices_that_there_are(self) -> None:
+        nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
+        assert clip(Request(16, 4, 4), nodes) == Request(16, 4, 4)
+        assert clip(Request(32, 8, 8), nodes) == Request(16, 4, 4)
+        assert clip(Request(4, 0, 2), [{"CPU": 1.0}, {"CPU": 1.0}]) == Request(2, 0, 2)
+        assert clip(Request(4, 0, 2), [{"CPU": 1.0}]) == Request(1, 0, 1)
+
+    def test_a_rank_finds_the_first_one_on_the_network_that_was_named(self) -> None:
+        assert Place().environment() == {}
+        assert Place(1, 2, "10.0.0.1", 29500, "eth0").environment() == {
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "10.0.0.1",
+            "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "eth0",
+            "NCCL_SOCKET_IFNAME": "eth0",
+            "TP_SOCKET_IFNAME": "eth0",
+        }
+        address, port = free_address("lo")
+        assert address == "127.0.0.1" and 0 < port < 65536
+        with pytest.raises(ValueError, match=r"network_interface nosuch0 cannot be used .*allowed: .*lo"):
+            free_address("nosuch0")
+
+
+class TestRetry:
+    JOB = Job("a", "a", {}, "", "", 1)
+
+    def failed(self, **how: Any) -> Outcome:
+        return Outcome("failed", error={"type": "E", "message": "no", "traceback": ""}, **how)
+
+    def test_a_full_disk_is_no_fault_of_the_trial(self) -> None:
+        history = History()
+        for _ in range(10):
+            event = after(self.failed(disk_full=True, retryable=True), history, 1, self.JOB)
+            assert (event["kind"], event["charged"]) == ("lost", False)
+        assert history.errors == 0
+
+    def test_activation_checkpointing_is_tried_once_where_memory_lacks(self) -> None:
+        history = History()
+        first = after(self.failed(out_of_memory=True), history, 1, self.JOB)
+        assert (first["kind"], first["charged"]) == ("lost", False)
+        again = history.next_job(self.JOB)
+        assert again.save_memory
+        assert after(self.failed(out_of_memory=True), History.of(again), 2, again)["kind"] == "ended"
+        program = Job("a", "a", {}, "", "", 1, train="orchestrator.program:run")
+        assert after(self.failed(out_of_memory=True), History(), 1, program)["kind"] == "ended"
+
+    def test_what_the_ledger_knows_of_earlier_attempts_counts(self) -> None:
+        assert not History.of(Job("a", "a", {}, "", "", 1, last_step=10, stalled=1)).may_retry_loss()
+        history = History.of(Job("a", "a", {}, "", "", 1, last_step=10, stalled=1))
+        history.reached(11)
+        assert history.may_retry_loss()
