@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -127,7 +129,7 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
                 run_config=tune.RunConfig(
                     name="sweep",
                     storage_path=str(scratch),
-                    callbacks=[Events(handle, draws.over)],
+                    callbacks=[Events(handle, draws.over, _keep_signal())],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=0),  # the queue gives out again what is lost
                     stop=DriverStops(should_stop),
@@ -137,6 +139,18 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         ray.kill(mailbox)
+
+
+def _keep_signal() -> Callable[[], None]:
+    """Puts the present handler of SIGUSR1 back, which Tune replaces by one of its own that just ends the experiment."""
+    if threading.current_thread() is not threading.main_thread():  # then Tune leaves signals alone
+        return lambda: None
+    ours = signal.getsignal(signal.SIGUSR1)
+
+    def put_back() -> None:
+        signal.signal(signal.SIGUSR1, ours)
+
+    return put_back
 
 
 def _resources(config: Mapping[str, Any]) -> Any:

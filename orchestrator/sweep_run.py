@@ -46,7 +46,7 @@ from orchestrator.watch import Watch
 from trainers.files import write_whole
 
 DONE, SOME_FAILED = 0, 1
-LEAVE_SECONDS = 20.0  # after a signal, for trials to checkpoint
+LEAVE_SECONDS = 15.0  # after a signal, for trials to checkpoint
 TRACKING_SECONDS = 15.0  # without any record delivered at the end, after which MLflow is given up for this run
 
 

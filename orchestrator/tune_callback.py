@@ -71,11 +71,17 @@ class Events(Callback):
         self,
         handle: Callable[[str, Mapping[str, Any]], None] = _nothing,
         over: Callable[[str], None] = _nothing,
+        begun: Callable[[], None] = _nothing,
     ) -> None:
-        self._handle, self._over = handle, over
+        """`begun` is called once Tune has set itself up, before its first trial."""
+        self._handle, self._over, self._begun = handle, over, begun
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Events, ()
+
+    def setup(self, *_: Any, **__: Any) -> None:
+        """Tune is about to begin."""
+        self._begun()
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """Events of an attempt, whose outcome is the last."""

@@ -570,7 +570,7 @@ class TestSweep:
         again = run([*ORCHESTRATE, *options], 120)
         assert again.returncode == 0 and before == {path: path.read_bytes() for path in before}
         status = run([*ORCHESTRATE, "status", "descent", "--storage", str(storage)], 60)
-        assert status.stdout.count("finished") == 6, status.stderr
+        assert status.stdout.count("finished  attempts") == 6, status.stderr
 
     @pytest.mark.slow
     def test_a_sweep_that_is_interrupted_goes_on_where_it_was(self, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def test_every_trial_folder_describes_itself(finished: Small) -> None:
 def test_status_logs_and_report_know_the_sweep(finished: Small) -> None:
     place = ["--storage", str(finished.storage)]
     status = run([*ORCHESTRATE, "status", "small", *place])
-    assert status.stdout.count("finished") == 4, status.stderr
-    trial = status.stdout.split()[0]
+    assert status.stdout.count("finished  attempts") == 4, status.stderr
+    trial = next(line.split()[0] for line in status.stdout.splitlines() if "attempts" in line)
     logs = run([*ORCHESTRATE, "logs", trial, *place])
     assert "attempt 1" in logs.stdout
     report = run([*ORCHESTRATE, "report", "small", *place])

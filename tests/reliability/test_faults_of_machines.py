@@ -61,9 +61,15 @@ def test_a_sweep_waits_while_the_disk_is_full_and_then_goes_on(
         ledger = state / "small"
         wait_for(lambda: reported(ledger) >= 3 or not driver.is_alive())
         filler = fill(storage)
-        wait_for(lambda: "the sweep waits for space" in drivers.output(small) or not driver.is_alive(), 60)
+        if everything:  # the driver itself cannot go on
+            wait_for(lambda: "the sweep waits for space" in drivers.output(small) or not driver.is_alive(), 60)
+        else:
+            lost = "SELECT count(*) > 0 FROM attempts WHERE reason LIKE 'the disk is full%'"
+            wait_for(lambda: query(ledger, lost) == [(1,)] or not driver.is_alive(), 60)
         assert driver.is_alive(), drivers.output(small)
-        fill(storage)  # what a failed write has given back
+        for _ in range(30):  # what failed writes give back
+            fill(storage)
+            time.sleep(0.1)
         before = query(ledger, "SELECT sum(attempts) FROM trials")
         time.sleep(2)
         assert driver.is_alive()

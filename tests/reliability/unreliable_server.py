@@ -19,7 +19,7 @@ from orchestrator.tracking_records import ui_command
 from tests.reliability.paced import wait_for
 
 Mode = Literal["up", "down", "hung", "errors", "lossy"]
-LOST = 0.3  # of the replies of a lossy server
+LOST = 0.3  # of the replies of a lossy server, and of those to the making of runs every second
 
 
 def free_port() -> int:
@@ -64,6 +64,7 @@ class Proxy:
         self.port, self._upstream = free_port(), upstream
         self._random = random.Random(seed)
         self.mode: Mode = "up"
+        self._creates = 0
         self.lost: list[str] = []  # paths of requests that were done and whose replies were lost
         self.met = 0  # requests that met with anything but "up"
         self._server: http.server.ThreadingHTTPServer | None = None
@@ -102,7 +103,9 @@ class Proxy:
             request.send_error(500)
             return
         reply, content = self._ask(request, body)
-        if self.mode == "lossy" and self._random.random() < LOST:
+        self._creates += request.path.endswith("runs/create")
+        is_create = request.path.endswith("runs/create") and self._creates % 2 == 1  # the worst to lose
+        if self.mode == "lossy" and (is_create or self._random.random() < LOST):
             self.lost.append(request.path)
             return
         request.send_response(reply.status)
