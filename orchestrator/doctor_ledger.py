@@ -82,7 +82,7 @@ def check_published(layout: SweepLayout, ledger: Ledger) -> Iterator[Finding]:
         if row.state not in OVER or row.result is None:
             continue
         trial = layout.trial(row.trial_id)
-        if not publish._is_published(ledger, row, trial):
+        if not publish.is_published(ledger, row, trial):
             what = f"{row.name}: configuration, metrics or result are not as the ledger has them"
             mend = partial(publish.trial, ledger, trial, row.trial_id)
             yield Finding("published", str(trial.root), what, "publishes them again from the ledger", mend)

@@ -170,7 +170,7 @@ def missing(ledger: Ledger, layouts: Callable[[str], TrialLayout]) -> list[str]:
         layout = layouts(trial_id)
         if stamps is not None and stamps == _stamps(layout):
             continue
-        if _is_published(ledger, ledger.row(trial_id), layout):
+        if is_published(ledger, ledger.row(trial_id), layout):
             ledger.mark_published(trial_id, _stamps(layout))
         else:
             lacking.append(trial_id)
@@ -186,7 +186,7 @@ def _stamps(layout: TrialLayout) -> list[list[int]] | None:
     return [[one.st_size, one.st_mtime_ns] for one in found]
 
 
-def _is_published(ledger: Ledger, row: TrialRow, layout: TrialLayout) -> bool:
+def is_published(ledger: Ledger, row: TrialRow, layout: TrialLayout) -> bool:
     try:
         return (
             layout.result.read_bytes() == _json(row.result)

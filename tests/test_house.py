@@ -45,6 +45,7 @@ PLANNING = {
     "trainers",
     "trainers.config",
     "trainers.catalog",
+    "trainers.checkpoint_files",
     "trainers.explain",
     "trainers.settings",
     "trainers.presets",

@@ -1,4 +1,4 @@
-"""A full disk when the sweep is told to leave, publishes its last trial or writes its tables, and MLflow's one warning."""
+"""A full disk when the sweep is told to leave, publishes or writes its tables, and the one warning about MLflow."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def on_a_disk_of_its_own(
 
 
 def wait_for_the_wait(small: Small, driver: BaseProcess) -> None:
-    wait_for(lambda: WAITS in drivers.output(small) or not driver.is_alive(), 60)
+    said = small.folder / "output.txt"
+    wait_for(lambda: (said.is_file() and WAITS in said.read_text()) or not driver.is_alive(), 60)
     assert driver.is_alive(), drivers.output(small)
 
 
