@@ -15,6 +15,7 @@ BENCHMARKS = {
     "fast_probes": "benchmarks.fast_probes:measure",  # all probes of a trial, against a minute
     "scale": "benchmarks.scale:measure",  # thousands of trials, against bare Ray Tune
     "busy_slots": "benchmarks.busy_slots:measure",  # trials of 20 s on 16 slots, against all slot time
+    "mixed_sizes": "benchmarks.mixed_sizes:measure",  # fractions of a GPU up to four, against all GPUs
     "restart": "benchmarks.restart:measure",  # a sweep with thousands of finished trials, against seconds
     "trial_turnaround": "benchmarks.trial_turnaround:measure",  # no-op trials, against fresh processes
 }

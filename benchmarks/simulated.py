@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,23 @@ def job(planned: PlannedTrial, layout: SweepLayout, train: str) -> Job:
     )
 
 
+def _asked(job: Job, request: Request) -> tuple[Job, Request]:
+    """A job with what it asks for."""
+    return replace(job, gpus=request.gpus / request.ranks, ranks=request.ranks), request
+
+
 def sweep(
-    ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], train: str, request: Request, seen: Handler
+    ray: Any,
+    folder: Path,
+    name: str,
+    planned: tuple[PlannedTrial, ...],
+    train: str,
+    request: Request | Callable[[PlannedTrial], Request],
+    seen: Handler,
 ) -> float:
     """All trials through Ray Tune, ledger, published files and MLflow sink, as the driver runs them.
 
-    `seen` is told every event once it is recorded.
+    `request` is that of every trial, or says it for each. `seen` is told every event once it is recorded.
 
     Returns:
         Seconds that MLflow took after the last trial until it had everything.
@@ -89,6 +101,7 @@ def sweep(
     """
     layout = SweepLayout(folder / "runs", folder / "runs", name)
     layout.ledger.parent.mkdir(parents=True, exist_ok=True)
+    requests = {trial.trial_id: request if isinstance(request, Request) else request(trial) for trial in planned}
     with ExitStack() as stack:
         ledger = stack.enter_context(Ledger.open(layout.ledger))
         ledger.plan(planned)
@@ -97,7 +110,7 @@ def sweep(
         stack.callback(sink.close, 1.0)
         delivery = stack.enter_context(Delivery(layout, ledger))
         recorder = Recorder(
-            ledger, layout, publish.provenance(), lambda _trial_id: request.gpus, delivery.begin, sink.notify
+            ledger, layout, publish.provenance(), lambda trial_id: requests[trial_id].gpus, delivery.begin, sink.notify
         )
 
         def handle(trial_id: str, event: Mapping[str, Any]) -> None:
@@ -107,7 +120,7 @@ def sweep(
         queue = Queue()
         queue.add(planned)
         dispatch = Dispatch(ledger, queue, [], lambda _trial: None, lambda: False)
-        dispatch.make_job = lambda trial: (job(trial, layout, train), request)
+        dispatch.make_job = lambda trial: _asked(job(trial, layout, train), requests[trial.trial_id])
         run.run(ray, dispatch, handle, Control(), lambda: False)
         delivery.complete()
         counts = ledger.counts()

@@ -19,6 +19,7 @@ from orchestrator.tracking_store import Gone, Refused, Run, Store, Unavailable, 
 
 _TIMEOUT_S = 10.0
 _DELIVERY_S = 60.0
+_SUPERSEDED = "superseded"  # as a generation: of no ledger, so that the sink deletes the run when it makes the trial's
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def recover(tracked: Tracked, ledger: Ledger) -> None:
     """Let a ledger that was rebuilt know which runs its trials have, so that those are neither doubled nor fed twice.
 
     A run has all of an attempt once it has the status with which that attempt ended: statuses are delivered last.
+    What another run has is not known, so it gives way to a new one as soon as its trial has something to deliver.
     Nothing happens where the ledger knows its runs.
     """
     if ledger.meta("mlflow") is not None or not tracked.is_there:
@@ -169,11 +171,13 @@ def _generation(run: Run) -> int:
 
 
 def _remember(store: Store, ledger: Ledger, row: TrialRow, run: Run) -> None:
-    if _generation(run) != row.generation:  # which a rebuilt ledger counts anew
-        store.log_texts(run.run_id, params={}, tags={"generation": str(row.generation)})
-    ledger.mark_run(row.trial_id, row.generation, run.run_id)
-    if run.tags.get("status") != row.state or run.tags.get("attempts") != str(row.attempts):
+    is_complete = run.tags.get("status") == row.state and run.tags.get("attempts") == str(row.attempts)
+    generation = str(row.generation) if is_complete else _SUPERSEDED  # a rebuilt ledger counts them anew
+    if run.tags.get("generation") != generation:
+        store.log_texts(run.run_id, params={}, tags={"generation": generation})
+    if not is_complete:
         return
+    ledger.mark_run(row.trial_id, row.generation, run.run_id)
     points = ledger.since(row.trial_id, 0, -1)  # of SQLite: without a limit
     ledger.mark_delivered(row.trial_id, run.run_id, seq=points[-1].seq if points else None, status=row.state)
 

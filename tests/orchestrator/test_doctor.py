@@ -90,6 +90,15 @@ def assert_nothing_runs(small: Small) -> None:
     assert small.mlflow_runs() == runs
 
 
+def points_of(small: Small) -> int:
+    """How many points all runs in MLflow have that are not deleted."""
+    with sqlite3.connect(small.storage / "mlflow.db") as database:
+        sql = "SELECT count(*) FROM metrics JOIN runs USING (run_uuid) WHERE lifecycle_stage = 'active'"
+        count = int(database.execute(sql).fetchone()[0])
+    database.close()
+    return count
+
+
 def test_of_a_finished_sweep_nothing_is_wrong(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
     assert found(small, capsys) == []
     assert found(small, capsys, fix=True) == []
@@ -114,16 +123,10 @@ def test_a_lost_ledger_is_rebuilt_from_the_folders(small: Small, capsys: pytest.
 
 
 def test_points_are_not_fed_twice_after_the_ledger_was_lost(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
-    def points() -> int:
-        with sqlite3.connect(small.storage / "mlflow.db") as database:
-            count = int(database.execute("SELECT count(*) FROM metrics").fetchone()[0])
-        database.close()
-        return count
-
-    before = points()
+    before = points_of(small)
     layout_of(small).ledger.unlink()
     found(small, capsys, fix=True)
-    assert points() == before
+    assert points_of(small) == before
 
 
 def test_a_lost_state_folder_is_rebuilt_with_a_new_tracking_store(small: Small) -> None:
@@ -161,6 +164,7 @@ def test_unfinished_trials_go_on_from_their_checkpoints_with_higher_numbers(
     small: Small, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tables, trial = small.tables(), trial_of(small)
+    runs, points = small.mlflow_runs(), points_of(small)
     for path in (trial.result, trial.metrics, layout_of(small).ledger):
         path.unlink()
     found(small, capsys, fix=True)
@@ -170,6 +174,7 @@ def test_unfinished_trials_go_on_from_their_checkpoints_with_higher_numbers(
     assert trial.attempts() == [1, 2]
     assert "resumed at step 12" in trial.log_file.read_text()
     assert small.tables() == tables
+    assert (small.mlflow_runs(), points_of(small)) == (runs, points), "what it reports again is there once"
 
 
 def test_failed_and_diverged_trials_are_known_again(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
