@@ -22,8 +22,10 @@ class LedgerError(ValueError):
     """The ledger's file cannot be used; the message says why and what to do."""
 
 
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+def steady_clock() -> Callable[[], int]:
+    """Milliseconds since 1970 by the time of day of now, carried on by a clock that nobody sets, so durations hold."""
+    start = time.time_ns() - time.monotonic_ns()
+    return lambda: (start + time.monotonic_ns()) // 1_000_000
 
 
 class LedgerFile:
@@ -44,15 +46,16 @@ class LedgerFile:
         self._connection.row_factory = sqlite3.Row
 
     @classmethod
-    def open(cls, path: Path, *, writer: bool = True, clock: Callable[[], int] = _now_ms) -> Self:
+    def open(cls, path: Path, *, writer: bool = True, clock: Callable[[], int] | None = None) -> Self:
         """Open the ledger at `path`; a writer makes it where there is none, and holds the sweep until `close`.
 
-        `clock` gives milliseconds since 1970.
+        `clock` gives milliseconds since 1970; without one it is a `steady_clock`.
 
         Raises:
             SweepHeld: another live process writes this ledger; the message names it.
             LedgerError: there is no ledger to read, it is damaged, or a newer version of this program wrote it.
         """
+        clock = clock or steady_clock()
         if not writer:
             return cls(_connect(path, "ro"), None, path, clock)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def run(source: Source, handle: Handler, control: Control, should_stop: Callable
 
 def _attempt(job: Job, handle: Handler, control: Control, history: retry.History) -> bool:
     """One attempt; whether another one should follow."""
-    while control.look(job.trial_id) is None and not retry.has_room(Path(job.folder)):
+    while control.look(job.trial_id) is None and not retry.has_room(Path(job.folder), history.room):
         time.sleep(_PAUSE_SECONDS)
     trial = TrialLayout(Path(job.folder))
     number = remote_trial.begin_attempt(trial, job.remote, job.attempts, lambda: control.look(job.trial_id) is not None)

@@ -16,7 +16,7 @@ from orchestrator import publish
 from orchestrator.attempt import Outcome, is_disk_full
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State
-from orchestrator.retry import MAX_LOSSES_WITHOUT_PROGRESS
+from orchestrator.retry import DISK_FULL, MAX_LOSSES_WITHOUT_PROGRESS
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class Recorder:
         self.live: dict[str, Live] = {}
         self._nodes: dict[str, int] = {}  # how many nodes were lost with each trial since it last got further
         self.broken: set[str] = set()
+        self._said_full = -math.inf
 
     def handle(self, trial_id: str, event: Mapping[str, Any]) -> None:
         """Record one event: started, report, lost, process_lost or ended. While the disk is full it waits."""
@@ -91,17 +92,19 @@ class Recorder:
         self._changed()
 
     def _record_when_there_is_room(self, trial_id: str, event: Mapping[str, Any]) -> None:
-        said = -math.inf
         while True:
             try:
                 return self._record(trial_id, event)
             except (OSError, sqlite3.OperationalError) as error:
                 if not is_disk_full(error):
                     raise
-                if time.monotonic() - said > _SAY_SECONDS:
-                    said = time.monotonic()
-                    log.warning("the disk of %s is full; the sweep waits for space", self._layout.root)
+                self._say_full()
                 time.sleep(_ROOM_SECONDS)
+
+    def _say_full(self) -> None:
+        if time.monotonic() - self._said_full > _SAY_SECONDS:
+            self._said_full = time.monotonic()
+            log.warning("the disk of %s is full; the sweep waits for space", self._layout.root)
 
     def _record(self, trial_id: str, event: Mapping[str, Any]) -> None:
         kind = event["kind"]
@@ -130,6 +133,8 @@ class Recorder:
     def _lost(self, trial_id: str, attempt: int, reason: str, *, charged: bool = True) -> None:
         live = self.live.pop(trial_id, None)
         progressed = live is not None and live.first_step is not None
+        if reason.startswith(DISK_FULL):
+            self._say_full()
         self._ledger.lose_attempt(trial_id, attempt, reason[-2000:], progressed if charged else None)
 
     def _process_lost(self, trial_id: str, reason: str, *, node: bool) -> None:

@@ -12,6 +12,7 @@ from orchestrator.attempt import TRAIN, Job, Outcome
 
 MAX_ERRORS = 3  # transient errors of one trial
 MAX_LOSSES_WITHOUT_PROGRESS = 2
+DISK_FULL = "the disk is full"  # with which the reason of such a loss begins
 _ROOM_BYTES, _ROOM_SHARE = 64 * 2**20, 0.02  # the smaller of both must be free before anything goes on
 
 
@@ -22,6 +23,7 @@ class History:
     best_step: int = 0
     errors: int = 0
     save_memory: bool = False
+    room: int = 0  # bytes that must be free before the next attempt, after one for which there were too few
     _before: int = field(default=0, repr=False)
     _idle: int = field(default=0, repr=False)
 
@@ -58,7 +60,8 @@ def after(outcome: Outcome, history: History, number: int, job: Job) -> Mapping[
     if outcome.status == "failed":
         message = str((outcome.error or {}).get("message"))
         if outcome.disk_full:
-            return {"kind": "lost", "attempt": number, "reason": f"the disk is full: {message}", "charged": False}
+            history.room = _usage(Path(job.folder))[1] + _ROOM_BYTES // 64
+            return {"kind": "lost", "attempt": number, "reason": f"{DISK_FULL}: {message}", "charged": False}
         if outcome.storage_away:
             return {"kind": "lost", "attempt": number, "reason": message, "charged": False}
         if outcome.out_of_memory and job.train == TRAIN and not (job.save_memory or history.save_memory):
@@ -71,9 +74,15 @@ def after(outcome: Outcome, history: History, number: int, job: Job) -> Mapping[
     return {"kind": "ended", "attempt": number, "outcome": outcome.to_json()}
 
 
-def has_room(folder: Path) -> bool:
-    """Whether the disk of `folder` has space to go on: 64 MiB, or 2 % of a small one."""
+def has_room(folder: Path, at_least: int = 0) -> bool:
+    """Whether the disk of `folder` has space to go on: 64 MiB, or 2 % of a small one, and `at_least` so many bytes."""
+    total, free = _usage(folder)
+    return free >= max(at_least, min(_ROOM_BYTES, _ROOM_SHARE * total))
+
+
+def _usage(folder: Path) -> tuple[int, int]:
+    """Bytes of the disk of `folder`, and how many of them are free."""
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
-    return usage.free >= min(_ROOM_BYTES, _ROOM_SHARE * usage.total)
+    return usage.total, usage.free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from orchestrator.attempt import TRAIN
+
+LAST_SECONDS = 28.0  # after a signal, when this process ends whatever it waits for; the ledger is always resumable
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class Stop:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal, self.since = number, time.monotonic()
+        last = threading.Timer(LAST_SECONDS, os._exit, (128 + number,))  # Ray may be gone too, and calls to it hang
+        last.daemon = True
+        last.start()
 
 
 class Interrupted(Exception):

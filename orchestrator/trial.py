@@ -53,7 +53,7 @@ class ThinTrial(tune.Trainable):
 
     def _start_attempt(self) -> list[Event]:
         folder = Path(self._job.folder)
-        while (reason := self._told()) is None and not retry.has_room(folder):
+        while (reason := self._told()) is None and not retry.has_room(folder, self._history.room):
             time.sleep(LOOK_SECONDS)
         if reason == INTERRUPTED:  # do not even begin
             return [{"kind": "ended", "attempt": 0, "outcome": Outcome(INTERRUPTED).to_json()}]

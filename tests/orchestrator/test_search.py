@@ -47,11 +47,11 @@ class Fragile(Ledger):
 
     left = 10**9
 
-    def _change(self) -> Any:
+    def _change(self, *, durable: bool = True) -> Any:
         if self.left == 0:
             raise Killed
         self.left -= 1
-        return super()._change()
+        return super()._change(durable=durable)
 
 
 class Driver:

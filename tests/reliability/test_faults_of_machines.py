@@ -87,9 +87,6 @@ def test_a_sweep_waits_while_the_disk_is_full_and_then_goes_on(
             whole.check(small, undisturbed)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an attempt that a checkpoint does not fit for is made again at once and without a word"
-)
 def test_a_disk_with_some_room_but_not_for_a_checkpoint_is_waited_for_too(template: Small, tmp_path: Path) -> None:
     """4 MB, of which one checkpoint takes 3: the second one of a trial never fits beside it."""
     with disk(tmp_path / "sweep" / "runs", 4):
@@ -135,7 +132,6 @@ def test_a_clock_that_is_set_back_and_on_changes_no_number_and_no_duration(
         assert 0 < seconds < took
 
 
-@pytest.mark.xfail(strict=True, reason="the ledger takes the time of day for what earlier attempts took")
 def test_a_trial_that_is_resumed_under_such_a_clock_has_taken_as_long_as_it_has(
     template: Small, undisturbed: Small, tmp_path: Path
 ) -> None:

@@ -36,14 +36,9 @@ def left_over(processes: list[psutil.Process]) -> list[str]:
     return found
 
 
-_HANGS = pytest.mark.xfail(
-    strict=True, reason="where the signal ends Ray as well, Tune waits a minute for it and the process ends with 1"
-)
-
-
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=_HANGS), pytest.param(signal.SIGUSR1, marks=_HANGS)],
+    [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1],
     ids=lambda number: number.name,
 )
 def test_a_signal_to_all_processes_on_ray_as_terminals_and_schedulers_send_it(
