@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install quickstart test test-slow check bench constraints clean
+.PHONY: install quickstart test test-slow test-reliability check bench constraints clean
 
 install: $(STAMP)
 
@@ -32,7 +32,11 @@ test: check
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-slow: install
-	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu"
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/reliability
+
+# The goals of reliability one by one: kills at every point, outages, torn files, damage, hostile input; half an hour alone.
+test-reliability: install
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not gpu" tests/reliability
 
 bench: install
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[bench]'
