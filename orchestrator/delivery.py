@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from orchestrator import publish
-from orchestrator.attempt import is_disk_full
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
+from orchestrator.room import when_there_is_room
 
 log = logging.getLogger(__name__)
-
-_ROOM_SECONDS = 1.0  # between two tries while the disk is full
 
 
 class Delivery:
@@ -22,8 +20,11 @@ class Delivery:
     died in between is made good by `complete`, which the next one calls.
     """
 
-    def __init__(self, layout: SweepLayout, ledger: Ledger, threads: int = 1) -> None:
-        self._layout, self._ledger = layout, ledger
+    def __init__(
+        self, layout: SweepLayout, ledger: Ledger, threads: int = 1, leaving: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Once `leaving` is true nothing waits for space on a full disk."""
+        self._layout, self._ledger, self._told = layout, ledger, leaving
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="delivery")
         self._running: list[Future[None]] = []
         self._leaving = False
@@ -53,15 +54,13 @@ class Delivery:
             self._deliver(trial_id)
 
     def _try(self, trial_id: str) -> None:
-        """Deliver; while the disk is full wait for space, which the recorder says; what else fails is tried again."""
-        while True:
-            try:
-                return self._deliver(trial_id)
-            except (OSError, sqlite3.Error) as error:
-                if self._leaving or not is_disk_full(error):
-                    log.warning("trial %s could not be published and is tried again at the end: %s", trial_id, error)
-                    return None
-                time.sleep(_ROOM_SECONDS)
+        """Deliver; while the disk is full wait for space; what else fails is tried again at the end."""
+        try:
+            when_there_is_room(
+                lambda: self._deliver(trial_id), self._layout.root, lambda: self._leaving or self._told()
+            )
+        except (OSError, sqlite3.Error) as error:
+            log.warning("trial %s could not be published and is tried again at the end: %s", trial_id, error)
 
     def _deliver(self, trial_id: str) -> None:
         publish.trial(self._ledger, self._layout.trial(trial_id), trial_id)

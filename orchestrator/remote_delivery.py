@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from orchestrator import remote_trial
 from orchestrator.delivery import Delivery
 from orchestrator.layout import SweepLayout
@@ -14,8 +16,10 @@ _THREADS = 4  # which mostly wait for the store
 class RemoteDelivery(Delivery):
     """Publishes what trials have come to both here and in the store."""
 
-    def __init__(self, mirror: Mirror, layout: SweepLayout, ledger: Ledger) -> None:
-        super().__init__(layout, ledger, _THREADS)
+    def __init__(
+        self, mirror: Mirror, layout: SweepLayout, ledger: Ledger, leaving: Callable[[], bool] = lambda: False
+    ) -> None:
+        super().__init__(layout, ledger, _THREADS, leaving)
         self._mirror = mirror
 
     def complete(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator import (
     data_sets,
@@ -22,7 +23,7 @@ from orchestrator import (
     spec,
     starting_points,
 )
-from orchestrator.attempt import PROGRAM, Job
+from orchestrator.attempt import PROGRAM, Job, is_disk_full
 from orchestrator.budget import Budget
 from orchestrator.control import PRUNED, Control
 from orchestrator.delivery import Delivery
@@ -37,13 +38,16 @@ from orchestrator.queue import Queue
 from orchestrator.recorder import Recorder
 from orchestrator.remote_delivery import RemoteDelivery
 from orchestrator.remote_sweep import Keeper
-from orchestrator.run_options import Options, Stop, signals
+from orchestrator.room import when_there_is_room
+from orchestrator.run_options import Interrupted, Options, Stop, signals
 from orchestrator.run_request import Request, clip
 from orchestrator.search import SearchGrowth
 from orchestrator.search_plan import expected, plan_json
 from orchestrator.seeds import SeedGrowth
 from orchestrator.watch import Watch
 from trainers.files import write_whole
+
+_Given = TypeVar("_Given")
 
 DONE, SOME_FAILED = 0, 1
 LEAVE_SECONDS = 15.0  # after a signal, for trials to checkpoint
@@ -77,13 +81,25 @@ class SweepRun:
         growths: list[Growth] = [growth for growth in (self.search, self.seeds) if growth is not None]
         self.budget = Budget(asked.budget, ledger)
         self.keeper = keeper
-        self.delivery = Delivery(layout, ledger) if keeper is None else RemoteDelivery(keeper.mirror, layout, ledger)
+        if keeper is None:
+            self.delivery = Delivery(layout, ledger, leaving=stop)
+        else:
+            self.delivery = RemoteDelivery(keeper.mirror, layout, ledger, stop)
         self.dispatch = Dispatch(ledger, self.queue, growths, self._settle, stop, self.budget.may_begin)
 
     def execute(self) -> int:
-        """Run what is missing and bring everything up to date; the exit code."""
-        with self.delivery:
-            return self._execute()
+        """Run what is missing and bring everything up to date; the exit code.
+
+        Raises:
+            Interrupted: a signal came, and what is left cannot be written since the disk is full; the next start does.
+        """
+        try:
+            with self.delivery:
+                return self._execute()
+        except (OSError, sqlite3.OperationalError) as error:
+            if self.stop.signal is None or not is_disk_full(error):
+                raise
+            raise Interrupted from error
 
     def _execute(self) -> int:
         options, layout = self.options, self.layout
@@ -94,10 +110,10 @@ class SweepRun:
             if pending:
                 with self.budget:
                     self._train(pending, sink.notify)
-            self.delivery.complete()
+            self._with_room(self.delivery.complete)
             self._copy()
             self._flush(sink)
-            sink.publish_map(layout.mlflow_map)
+            self._with_room(lambda: sink.publish_map(layout.mlflow_map))
             if self.stop.signal is not None:
                 self.screen.say("interrupted; the same command (without --rerun) goes on from the checkpoints")
                 return 128 + self.stop.signal
@@ -105,6 +121,10 @@ class SweepRun:
             self._copy()
         self.screen.where(layout, options.tracking_uri)
         return code
+
+    def _with_room(self, act: Callable[[], _Given]) -> _Given:
+        """What `act` returns, which waits while the disk is full."""
+        return when_there_is_room(act, self.layout.root, self.stop)
 
     def _copy(self) -> None:
         """Bring the copy of ledger, plan, tables and report in remote storage up to date."""
@@ -305,8 +325,8 @@ class SweepRun:
         """Tables, figures and report; the exit code."""
         from analysis.run import analyse
 
-        self._write_plan()
-        analysis = analyse(self.layout.root)
+        self._with_room(self._write_plan)
+        analysis = self._with_room(lambda: analyse(self.layout.root))
         made = (self.layout.tables, self.layout.figures, self.layout.report)
         sink.log_artifacts([path for path in made if path.exists()])
         self.screen.table(analysis.terminal)

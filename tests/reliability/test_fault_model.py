@@ -29,10 +29,6 @@ DISK_MIB = 32  # with room for MLflow's database and the checkpoints of two tria
 LEAVE_SECONDS = 30  # after a signal, as without a full disk
 WAITS = "the sweep waits for space"
 
-nobody_asks = pytest.mark.xfail(strict=False, reason="what waits for space does not look whether a signal came")
-nobody_says = pytest.mark.xfail(strict=False, reason="who publishes waits for space, without a word and for ever")
-nobody_waits = pytest.mark.xfail(strict=False, raises=AssertionError, reason="the analysis does not wait for space")
-
 
 def full_before_the_last_trial_is_published(folder: Path) -> None:
     """The disk fills up when the ledger has both trials and the files of the second are still to come."""
@@ -93,7 +89,6 @@ def check_that_it_leaves_and_is_resumable(small: Small, driver: BaseProcess, und
     assert [path for path in small.root.rglob(".*") if path.name.endswith(".partial")] == []
 
 
-@nobody_asks
 def test_a_signal_is_followed_while_an_event_waits_for_space(
     template: Small, undisturbed: Small, tmp_path: Path
 ) -> None:
@@ -107,7 +102,6 @@ def test_a_signal_is_followed_while_an_event_waits_for_space(
         check_that_it_leaves_and_is_resumable(small, driver, undisturbed)
 
 
-@nobody_says
 def test_a_signal_is_followed_while_the_last_trial_waits_to_be_published(
     template: Small, undisturbed: Small, tmp_path: Path
 ) -> None:
@@ -121,7 +115,6 @@ def test_a_signal_is_followed_while_the_last_trial_waits_to_be_published(
         check_that_it_leaves_and_is_resumable(small, driver, undisturbed)
 
 
-@nobody_waits
 def test_the_tables_wait_for_space(template: Small, undisturbed: Small, tmp_path: Path) -> None:
     def begin(small: Small) -> BaseProcess:
         return drivers.begin(small, setup=f"{__name__}:full_before_the_analysis")

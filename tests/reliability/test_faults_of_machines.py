@@ -160,8 +160,9 @@ def test_six_processes_that_open_a_fresh_database_at_once(template: Small, tmp_p
     state = tmp_path / "state"
     state.mkdir()
     (smalls[0].storage / "cache").rename(state / "cache")
-    asked = {"storage": state, "state": state}
-    processes = [drivers.begin(small, name=f"sweep{number}", **asked) for number, small in enumerate(smalls)]
+    processes = [
+        drivers.begin(small, name=f"sweep{number}", storage=state, state=state) for number, small in enumerate(smalls)
+    ]
     for process in processes:
         process.join(300)
     assert [process.exitcode for process in processes] == [0] * 6, [drivers.output(small) for small in smalls]

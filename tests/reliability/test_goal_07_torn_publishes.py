@@ -183,7 +183,9 @@ def test_writers_killed_at_random_moments_leave_one_of_both(write: Callable[[Pat
     with Reader(tmp_path) as reader:
         for _ in range(15):
             writer = FORKS.Process(target=_write_for_ever, args=(write, tmp_path))
+            before = (tmp_path / "table.parquet").stat().st_ino
             writer.start()
+            wait_for(lambda before=before: (tmp_path / "table.parquet").stat().st_ino != before, 60)  # type: ignore[misc]
             reader.wait(20 + draw.randrange(40))
             time.sleep(0.05 * draw.random())
             writer.kill()

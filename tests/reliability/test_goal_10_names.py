@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from analysis.run import analyse
-from orchestrator import import_results, inspect, overrides, publish, spec
+from orchestrator import import_results, inspect, overrides, publish, spec, status
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.overrides import parse
@@ -179,7 +179,7 @@ def test_names_of_trials_and_sweeps_on_the_command_line_never_leave_the_folder(
         for act in (
             lambda name=name: inspect.stop(name, watched.storage, watched.storage),
             lambda name=name: inspect.logs(name, watched.storage, watched.storage),
-            lambda name=name: inspect.status(name, watched.storage, watched.storage, failures=True),
+            lambda name=name: status.status(status.Asked(name, watched.storage, watched.storage, failures=True)),
             lambda name=name: inspect.report([name], watched.storage),
         ):
             with contextlib.suppress(ValueError):
