@@ -31,6 +31,8 @@ _FINAL = re.compile(
 
 Value = TypeVar("Value")
 
+_LISTINGS = 5  # tries to list folders that others change meanwhile
+
 
 class StorageAway(OSError):
     """The store does not answer, or answers that it cannot now; it may come back."""
@@ -165,7 +167,13 @@ class Remote:
 
         base = self._path(folder)
         selector = fs.FileSelector(base, recursive=recursive, allow_not_found=True)
-        infos = self._retried(folder, lambda: self._fs.get_file_info(selector))
+        for left in reversed(range(_LISTINGS)):
+            try:
+                infos = self._retried(folder, lambda: self._fs.get_file_info(selector))
+                break
+            except FileNotFoundError:  # a folder of the listing went while it was made
+                if not left:
+                    raise
         start = len(self._base) + 1 if self._base else 0
         return {info.path[start:]: info for info in infos if not _TEMPORARY.match(info.base_name)}
 

@@ -36,10 +36,9 @@ class Planned:
         folder = self.layout.trial(trial)
         number = folder.begin_attempt()
         config = self.configs[trial].model_dump(mode="json")
-        stop = str(self.layout.root / "stop")
         cache = str(self.layout.cache)
-        job = Job(trial, "name", config, str(folder.root), cache, stop, threads=1, cpu_only=True)
-        return run_attempt(job, number, lambda *_: None)
+        job = Job(trial, "name", config, str(folder.root), cache, threads=1)
+        return run_attempt(job, number, lambda *_: None, lambda: None)
 
     @property
     def first(self) -> str:
