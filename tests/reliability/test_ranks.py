@@ -21,7 +21,8 @@ from tests.reliability import drivers
 
 pytestmark = pytest.mark.slow
 
-GROUPS = ("--set", "deit3.mix_group_size=8")  # of images that are mixed with one another, none across ranks
+# Images are mixed in groups, none across ranks. The name stays that of the file.
+GROUPS = ("--set", "deit3.mix_group_size=8", "--name", "small")
 
 
 def hangs(job: Job, layout: TrialLayout, number: int, report: Report, asked: Ask) -> Outcome:
@@ -87,7 +88,7 @@ def test_two_ranks_give_the_table_of_one_up_to_rounding(two_ranks: Small, tmp_pa
 def test_each_of_two_ranks_is_killed_and_the_trial_goes_on_to_the_same_bits(two_ranks: Small, tmp_path: Path) -> None:
     small = written(tmp_path, num_ranks=2)
     driver = begin(small, *GROUPS)
-    for which, metrics in ((0, 20), (1, 140)):
+    for which, metrics in ((0, 10), (1, 60)):
         wait_for(lambda metrics=metrics: reported(small) >= metrics and len(ranks(driver)) == 2)
         in_order(driver)[which].kill()
     output, _ = driver.communicate(timeout=240)
@@ -134,7 +135,7 @@ def test_a_trial_that_hangs_twice_fails_as_hung(tmp_path: Path) -> None:
 
 def test_what_the_second_rank_raised_is_what_the_user_reads(tmp_path: Path) -> None:
     small = written(tmp_path, num_ranks=2, axes={"model.num_registers": [0, 2]})
-    code = drivers.drive(small, train=f"{__name__}:second_rank_fails", in_process=False)
+    code = drivers.drive(small, train=f"{__name__}:second_rank_fails", in_process=False, quiet=False)
     assert code == 1, drivers.output(small)
     with Ledger.open(small.root / "ledger.db", writer=False) as ledger:
         rows = ledger.rows()
@@ -143,7 +144,8 @@ def test_what_the_second_rank_raised_is_what_the_user_reads(tmp_path: Path) -> N
         assert row.error is not None and row.error["type"] == "ValueError"
         assert row.error["message"] == "the images of the second rank cannot be read"
     assert len(rows) == 2
-    assert "2 of 2 trials failed: the images of the second rank cannot be read" in drivers.output(small)
+    said = " ".join(drivers.output(small).split())  # lines are broken where the terminal ends
+    assert "2 of 2 trials failed: the images of the second rank cannot be read" in said
 
 
 def test_a_program_that_hangs_twice_without_a_step_fails_and_says_so(tmp_path: Path) -> None:
