@@ -28,8 +28,8 @@ from orchestrator.run_request import Request
 NODES, GPUS, CPUS = 2, 4, 16  # each node's
 SECONDS = 20.0
 CPUS_OF_RANK = 0.5
-ONE_OF_EACH = (Request(CPUS_OF_RANK, 0.25), Request(CPUS_OF_RANK, 0.5), Request(CPUS_OF_RANK, 1.0))
-SIZES = (*ONE_OF_EACH, Request(2 * CPUS_OF_RANK, 2.0, 2), Request(4 * CPUS_OF_RANK, 4.0, 4))
+GPUS_AND_RANKS = ((0.25, 1), (0.5, 1), (1.0, 1), (2.0, 2), (4.0, 4))
+SIZES = tuple(Request(CPUS_OF_RANK * ranks, gpus, ranks) for gpus, ranks in GPUS_AND_RANKS)
 COUNTS = (32, 16, 12, 8, 6)  # of each size; 8, 8, 12, 16 and 24 GPUs together, 170 s of 8 GPUs
 _SAMPLE_SECONDS = 0.25
 _SECONDS_VARIABLE = "BENCHMARK_SECONDS"
@@ -154,7 +154,7 @@ def _use(
         working=working / (until - since),
         waiting_seconds=until - since,
         seconds=max(each.ended for each in held) - since,
-        most_of_one_gpu=max(_most(each) for each in _by_gpu(held).values()),
+        most_of_one_gpu=max(most(each) for each in _by_gpu(held).values()),
         held=held,
         median_wait_by_gpus={size: round(statistics.median(each), 1) for size, each in sorted(waits.items())},
     )
@@ -168,7 +168,7 @@ def _by_gpu(held: Sequence[Held]) -> Mapping[tuple[str, str], list[Held]]:
     return found
 
 
-def _most(held: Sequence[Held]) -> float:
+def most(held: Sequence[Held]) -> float:
     """The largest sum of shares that were held at one moment."""
     changes = sorted([(each.ended, -each.share) for each in held] + [(each.begun, each.share) for each in held])
     most = now = 0.0

@@ -16,11 +16,10 @@ from orchestrator import publish
 from orchestrator.attempt import Outcome, is_disk_full
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State
-from orchestrator.retry import DISK_FULL, MAX_LOSSES_WITHOUT_PROGRESS
+from orchestrator.retry import DISK_FULL, MAX_LOSSES_WITHOUT_PROGRESS, MAX_NODES_WITHOUT_PROGRESS
 
 log = logging.getLogger(__name__)
 
-_MAX_NODES = 3  # that a trial may lose without getting further, before it is its fault
 _ROOM_SECONDS, _SAY_SECONDS = 1.0, 60.0  # between two tries while the disk is full, and between two words about it
 
 
@@ -152,7 +151,7 @@ class Recorder:
         live = self.live.get(trial_id)
         progressed = live is not None and live.first_step is not None
         self._nodes[trial_id] = 0 if progressed else self._nodes.get(trial_id, 0) + node
-        charged = not node or self._nodes[trial_id] > _MAX_NODES
+        charged = not node or self._nodes[trial_id] > MAX_NODES_WITHOUT_PROGRESS
         if not charged or progressed or row.stalled + 1 < MAX_LOSSES_WITHOUT_PROGRESS:
             self._lost(trial_id, row.attempts, reason, charged=charged)
             return

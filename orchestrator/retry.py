@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,19 @@ from orchestrator.attempt import TRAIN, Job, Outcome
 
 MAX_ERRORS = 3  # transient errors of one trial
 MAX_LOSSES_WITHOUT_PROGRESS = 2
+MAX_NODES_WITHOUT_PROGRESS = 3  # that a trial may lose, before it is its fault
 DISK_FULL = "the disk is full"  # with which the reason of such a loss begins
 _ROOM_BYTES, _ROOM_SHARE = 64 * 2**20, 0.02  # the smaller of both must be free before anything goes on
+
+# What Ray says where a node, or the way to it, is gone, and we where it was the last one with room.
+_OF_NODE = re.compile(
+    r"node has died|NodeDied|node .* (dead|terminated|preempted)|is unavailable|Socket closed|could not be placed"
+)
+
+
+def is_of_node(reason: str) -> bool:
+    """Whether a process was lost with its node, or with the way to it, which is no fault of its trial."""
+    return _OF_NODE.search(reason) is not None
 
 
 @dataclass
@@ -26,6 +38,7 @@ class History:
     room: int = 0  # bytes that must be free before the next attempt, after one for which there were too few
     _before: int = field(default=0, repr=False)
     _idle: int = field(default=0, repr=False)
+    _nodes: int = field(default=0, repr=False)
 
     @classmethod
     def of(cls, job: Job) -> History:
@@ -41,6 +54,12 @@ class History:
         self._idle = 0 if self.best_step > self._before else self._idle + 1
         self._before = self.best_step
         return self._idle < MAX_LOSSES_WITHOUT_PROGRESS
+
+    def is_charged(self, reason: str) -> bool:
+        """Whether a lost attempt counts: not where its node took it before it got further, up to three times."""
+        progressed = self.best_step > self._before
+        self._nodes = 0 if progressed else self._nodes + is_of_node(reason)
+        return progressed or not is_of_node(reason) or self._nodes > MAX_NODES_WITHOUT_PROGRESS
 
     def may_retry_error(self) -> bool:
         """Count a transient error; False after three."""

@@ -114,8 +114,9 @@ class ThinTrial(tune.Trainable):
         """A rank process is gone: replace them all and try again, unless two attempts got no further."""
         self._running = False
         self._end_ranks(hung=hung)
-        if self._history.may_retry_loss():
-            return [{"kind": "lost", "attempt": self._number, "reason": reason}]
+        charged = hung or self._history.is_charged(reason)
+        if not charged or self._history.may_retry_loss():
+            return [{"kind": "lost", "attempt": self._number, "reason": reason, "charged": charged}]
         what = "made no progress and was ended" if hung else "was lost"
         error = {
             "type": "Hung" if hung else "ProcessLost",

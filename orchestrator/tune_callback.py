@@ -6,7 +6,6 @@ being the truth: what these hold stays in the driver, and their copies hold noth
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from orchestrator.queue import Source
+from orchestrator.retry import is_of_node
 
 
 class Draws(Searcher):
@@ -57,10 +57,6 @@ class Draws(Searcher):
         """Nothing: the ledger is the truth."""
 
 
-# What Ray says where a node, or the way to it, is gone.
-_OF_NODE = re.compile(r"node has died|NodeDied|node .* (dead|terminated|preempted)|is unavailable|Socket closed")
-
-
 def _nothing(*_: Any) -> None: ...
 
 
@@ -95,7 +91,7 @@ class Events(Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """The thin trial's own process is gone, with its node perhaps."""
         reason = _reason(trial)
-        event = {"kind": "process_lost", "reason": reason[-4000:], "node": _OF_NODE.search(reason) is not None}
+        event = {"kind": "process_lost", "reason": reason[-4000:], "node": is_of_node(reason)}
         self._handle(trial.config["trial"], event)
         self._over(trial.config["trial"])
 

@@ -252,6 +252,14 @@ class TestRetry:
         program = Job("a", "a", {}, "", "", 1, train="orchestrator.program:run")
         assert after(self.failed(out_of_memory=True), History(), 1, program)["kind"] == "ended"
 
+    def test_an_attempt_lost_with_its_node_counts_only_where_it_takes_one_after_another(self) -> None:
+        history, node = History(), "rank 1: The actor died because its node has died. Node Id: 8d2a"
+        assert history.is_charged("rank 1: Worker unexpectedly exits with a connection error code 2. End of file")
+        assert [history.is_charged(node) for _ in range(4)] == [False, False, False, True]
+        history.reached(1)
+        assert history.is_charged(node) and history.may_retry_loss(), "what got further counts from anew"
+        assert [history.is_charged(node) for _ in range(4)] == [False, False, False, True]
+
     def test_what_the_ledger_knows_of_earlier_attempts_counts(self) -> None:
         assert not History.of(Job("a", "a", {}, "", "", 1, last_step=10, stalled=1)).may_retry_loss()
         history = History.of(Job("a", "a", {}, "", "", 1, last_step=10, stalled=1))
