@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from orchestrator import publish, run, spec
-from orchestrator.attempt import TRAIN, Job
+from orchestrator.attempt import TRAIN
 from orchestrator.control import Control
 from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch
+from orchestrator.jobs import job_of
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial, build_plan
@@ -68,7 +69,11 @@ def sweep(
         queue = Queue(limit=1)
         queue.add(plan)
         dispatch = Dispatch(ledger, queue, [], lambda _trial: None, turns.over)
-        dispatch.make_job = lambda planned: (_job(planned, layout, folder / "cache", train), Request(CPUS, 0.0))
+        request = Request(CPUS, 0.0)
+        dispatch.make_job = lambda trial: (
+            job_of(trial, ledger.row(trial.trial_id), layout, request, train=train),
+            request,
+        )
         run.run(ray, dispatch, turns.handle, Control(), turns.over)
         turns.check(len(plan))
 
@@ -86,18 +91,6 @@ def _plan(folder: Path, trial: Mapping[str, Any], seeds: Sequence[int]) -> Seque
     }
     file.write_text(yaml.safe_dump(content))
     return build_plan(spec.read_sweep(file)).trials
-
-
-def _job(planned: PlannedTrial, layout: SweepLayout, cache: Path, train: str) -> Job:
-    return Job(
-        trial_id=planned.trial_id,
-        name=planned.name,
-        config=planned.config.model_dump(mode="json"),
-        folder=str(layout.trial(planned.trial_id).root),
-        cache=str(cache),
-        threads=1,
-        train=train,
-    )
 
 
 class _Turns:

@@ -21,6 +21,7 @@ from typing import Any
 
 from orchestrator.control import Ask
 from orchestrator.layout import TrialLayout
+from orchestrator.variables import environment
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -149,7 +150,7 @@ def run_attempt(job: Job, number: int, report: Report, asked: Ask, place: Place 
     try:
         with (
             _travel(job, layout, number, place.rank),
-            _environment(place.environment()),
+            environment(place.environment()),
             _log_to(layout.log(number, place.rank)),
         ):
             outcome = _logged(job, layout, number, report, asked)
@@ -207,21 +208,6 @@ def is_disk_full(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-@contextlib.contextmanager
-def _environment(ours: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the time of an attempt, and then as before."""
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli_options import RUNS, Overrides, State, Storage, SweepFile, TrackingUri, TrialName, fetch
+from orchestrator.cli_options import (
+    RUNS,
+    AsJson,
+    OneOrAll,
+    Overrides,
+    State,
+    Storage,
+    SweepFile,
+    TrackingUri,
+    TrialName,
+    fetch,
+)
 
 FAULTY = 1
 
@@ -19,7 +30,7 @@ def plan(
     name: Annotated[str | None, typer.Option(help="Name instead of the file's.")] = None,
     storage: Storage = RUNS,
     state: State = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: AsJson = False,
     diff: Annotated[bool, typer.Option("--diff", help="List new trials, and what changed since the last run.")] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run a few dry steps of each shape here, and keep their time and memory.")
@@ -51,13 +62,13 @@ def plan(
 
 
 def status(
-    sweep: Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")] = None,
+    sweep: OneOrAll = None,
     storage: Storage = RUNS,
     state: State = None,
     failures: Annotated[
         bool, typer.Option("--failures", help="Show tracebacks of failed trials and the end of their logs.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Show who runs a sweep, how far its trials are, and what they have spent."""

@@ -6,14 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.cli_options import RUNS, State, Storage, TrackingUri, remote
+from orchestrator.cli_options import RUNS, AsJson, OneOrAll, State, Storage, TrackingUri, remote
 
 
 def doctor(
     context: typer.Context,
-    sweep: Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")] = None,
+    sweep: OneOrAll = None,
     fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: AsJson = False,
     storage: Storage = RUNS,
     state: State = None,
     tracking_uri: TrackingUri = None,
@@ -35,7 +35,7 @@ def doctor(
 
 def clean(
     context: typer.Context,
-    sweep: Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")] = None,
+    sweep: OneOrAll = None,
     keep: Annotated[
         Literal["none", "last", "kept"],
         typer.Option(help="Checkpoints that stay: none, those of execution.keep_steps (kept), or also the last one."),

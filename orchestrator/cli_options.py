@@ -45,6 +45,14 @@ TrackingUri = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a setting; may be repeated.")
 ]
+Address = Annotated[str | None, typer.Option(metavar="RAY", help="A running Ray cluster, such as auto.")]
+InProcess = Annotated[bool, typer.Option("--in-process", help="Run trials here, one by one, without Ray.")]
+AcceptDataChange = Annotated[
+    bool, typer.Option("--accept-data-change", help="Go on although the data under a name changed.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OneOrAll = Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")]
 SweepFile = Annotated[Path, typer.Argument(help="A sweep file (YAML).", metavar="FILE")]
 
 TrialName = Annotated[

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli_options import RUNS, Overrides, State, Storage, SweepFile, TrackingUri, TrialName, remote
+from orchestrator.cli_options import (
+    RUNS,
+    AcceptDataChange,
+    Address,
+    InProcess,
+    Overrides,
+    Quiet,
+    State,
+    Storage,
+    SweepFile,
+    TrackingUri,
+    TrialName,
+    remote,
+)
 
 
 def sweep(
@@ -18,15 +31,13 @@ def sweep(
     storage: Storage = RUNS,
     state: State = None,
     tracking_uri: TrackingUri = None,
-    address: Annotated[str | None, typer.Option(metavar="RAY", help="A running Ray cluster, such as auto.")] = None,
+    address: Address = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Most trials at a time.")] = None,
-    in_process: Annotated[bool, typer.Option("--in-process", help="Run trials here, one by one, without Ray.")] = False,
+    in_process: InProcess = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="One step of every cell, to see that it runs.")] = False,
     rerun: Annotated[bool, typer.Option("--rerun", help="Run finished trials again too.")] = False,
-    accept_data_change: Annotated[
-        bool, typer.Option("--accept-data-change", help="Go on although the data under a name changed.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    accept_data_change: AcceptDataChange = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run what is missing of a sweep, then print its ablation table and where everything lies."""
     from orchestrator import driver
@@ -63,13 +74,11 @@ def evaluate(
     storage: Storage = RUNS,
     state: State = None,
     tracking_uri: TrackingUri = None,
-    address: Annotated[str | None, typer.Option(metavar="RAY", help="A running Ray cluster, such as auto.")] = None,
-    in_process: Annotated[bool, typer.Option("--in-process", help="Run here, without Ray.")] = False,
+    address: Address = None,
+    in_process: InProcess = False,
     rerun: Annotated[bool, typer.Option("--rerun", help="Measure again what was measured.")] = False,
-    accept_data_change: Annotated[
-        bool, typer.Option("--accept-data-change", help="Go on although the data under a name changed.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    accept_data_change: AcceptDataChange = False,
+    quiet: Quiet = False,
 ) -> None:
     """Statistics and probes of one set of weights, without training."""
     from orchestrator import driver

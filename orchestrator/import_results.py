@@ -15,7 +15,7 @@ from orchestrator import import_rows, inspect, publish
 from orchestrator.import_rows import Result
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State, TrialRow
-from orchestrator.ledger_schema import Role
+from orchestrator.ledger_schema import StoredConfig, StoredTrial
 from orchestrator.plan import Plan
 from orchestrator.problems import Problem, SpecError
 from orchestrator.sweep import is_metric, sweep_name
@@ -40,29 +40,6 @@ class Request:
     metrics: Sequence[str] = ()
     ignored: Sequence[str] = ()
     replace: bool = False
-
-
-@dataclass(frozen=True)
-class _Config:
-    """The configuration of an imported trial: what its row says, and that it is imported."""
-
-    values: Mapping[str, Any]
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]:
-        """As `ledger_schema.Config`."""
-        return dict(self.values)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A trial as the ledger plans it."""
-
-    trial_id: str
-    name: str
-    cell: Mapping[str, Any]
-    seed: int
-    config: _Config
-    role: Role = "cell"
 
 
 def import_results(asked: Request) -> None:
@@ -107,7 +84,7 @@ def keep(ledger: Ledger, plan: Plan) -> None:
         for row in ledger.rows(in_plan_only=False)
         if is_imported(row) and row.cell.keys() == plan.sweep.axes.keys() and _place(row.cell, row.seed) not in taken
     ]
-    ledger.add([_Trial(row.trial_id, row.name, row.cell, row.seed, _Config(row.config)) for row in fitting])
+    ledger.add([StoredTrial(row.trial_id, row.name, row.cell, row.seed, StoredConfig(row.config)) for row in fitting])
 
 
 def is_imported(row: TrialRow) -> bool:
@@ -211,7 +188,7 @@ def _changes(
     axes: Mapping[str, Any],
     ledger: Ledger,
     known: Mapping[str, Any] | None,
-) -> list[tuple[_Trial, Result]]:
+) -> list[tuple[StoredTrial, Result]]:
     """The trials that the file adds or, with --replace, changes, with all values that they then have.
 
     Raises:
@@ -220,7 +197,7 @@ def _changes(
     rows = {row.trial_id: row for row in ledger.rows(in_plan_only=False)}
     planned = [entry["trial_id"] for entry in known["trials"]] if known is not None else []
     own = {_place(r.cell, r.seed): r.name for key in planned if (r := rows.get(key)) is not None and not is_imported(r)}
-    changes: list[tuple[_Trial, Result]] = []
+    changes: list[tuple[StoredTrial, Result]] = []
     problems: list[Problem] = []
     for result in results:
         trial = _trial(result, axes)
@@ -256,7 +233,7 @@ def _contradictions(result: Result, row: TrialRow, before: Mapping[tuple[int, st
     return [f"{text}; --replace takes the new ones" for text in said]
 
 
-def _trial(result: Result, axes: Mapping[str, Any]) -> _Trial:
+def _trial(result: Result, axes: Mapping[str, Any]) -> StoredTrial:
     """The trial of a result. Its id is a hash of all that is known of it, and that it is imported."""
     cell = {name: result.cell[name] for name in axes}
     settings = {IMPORTED: True, "seed": result.seed, **cell}
@@ -266,10 +243,10 @@ def _trial(result: Result, axes: Mapping[str, Any]) -> _Trial:
     words = [f"{name.removeprefix('program.')}={shown(value)}" for name, value in cell.items() if value is not None]
     trial_id = hashlib.sha256(_canonical(settings).encode()).hexdigest()[:16]
     name = " ".join([IMPORTED, *words, f"seed{result.seed}"])
-    return _Trial(trial_id, name, cell, result.seed, _Config(config))
+    return StoredTrial(trial_id, name, cell, result.seed, StoredConfig(config))
 
 
-def _take(ledger: Ledger, layout: SweepLayout, trial: _Trial, result: Result, file: Path) -> None:
+def _take(ledger: Ledger, layout: SweepLayout, trial: StoredTrial, result: Result, file: Path) -> None:
     """Record a result as an attempt of its own that has ended, and publish it."""
     if ledger.row(trial.trial_id).state != "planned":
         ledger.reset(trial.trial_id)

@@ -122,6 +122,29 @@ class TrialRow:
     role: Role
 
 
+@dataclass(frozen=True)
+class StoredConfig:
+    """A configuration as a file or a row has it: plain values."""
+
+    values: Mapping[str, Any]
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]:
+        """As `Config`."""
+        return dict(self.values)
+
+
+@dataclass(frozen=True)
+class StoredTrial:
+    """A trial that files or rows describe, for the ledger to plan."""
+
+    trial_id: str
+    name: str
+    cell: Mapping[str, Any]
+    seed: int
+    config: Config
+    role: Role = "cell"
+
+
 class Delivery(NamedTuple):
     """A trial of which MLflow lacks something: `pending` points after `seq`, or the status `wanted`."""
 

@@ -19,38 +19,16 @@ from orchestrator import spec
 from orchestrator.holder import Hold
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger, State
-from orchestrator.ledger_schema import OVER, Config, PlannedTrial, Role, TrialRow
+from orchestrator.ledger_schema import OVER, PlannedTrial, StoredConfig, StoredTrial, TrialRow
 from orchestrator.plan import Plan, build_plan
+from orchestrator.remote_sweep import SNAPSHOT
 from orchestrator.search import SearchGrowth
 from orchestrator.search_cell import CellSearch
 from orchestrator.search_history import History, Sample, asked
 
 log = logging.getLogger(__name__)
 
-_SNAPSHOT = "ledger-snapshot.db"
-_DAMAGED = ".damaged"
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A configuration as a trial's folder has it."""
-
-    values: dict[str, Any]
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]:
-        return self.values
-
-
-@dataclass(frozen=True)
-class Known:
-    """A trial as the files of its sweep describe it."""
-
-    trial_id: str
-    name: str
-    cell: Mapping[str, Any]
-    seed: int
-    config: Config
-    role: Role = "cell"
+_DAMAGED = ".damaged"  # of a ledger that was set aside
 
 
 @dataclass(frozen=True)
@@ -99,7 +77,7 @@ def rebuild(layout: SweepLayout) -> str:
         ValueError: there is nothing to make it from.
         OSError, sqlite3.Error: files cannot be written.
     """
-    if not any(path.is_file() for path in (layout.sweep_file, layout.plan, layout.root / _SNAPSHOT)):
+    if not any(path.is_file() for path in (layout.sweep_file, layout.plan, layout.root / SNAPSHOT)):
         raise ValueError(f"{layout.root} has neither plan nor snapshot to make the ledger from; is --storage right?")
     layout.ledger.parent.mkdir(parents=True, exist_ok=True)
     fresh = layout.ledger.with_name(".rebuilt-ledger.db")
@@ -174,10 +152,12 @@ class _Described:
             key = entry["trial_id"]
             config = news[key].config if key in news else rows[key].config if key in rows else None
             if config is not None and (key not in trials or trials[key].role == "search"):
-                trials[key] = Known(key, entry["name"], entry["cell"], entry["seed"], _Stored(config))
+                trials[key] = StoredTrial(key, entry["name"], entry["cell"], entry["seed"], StoredConfig(config))
         for key, row in rows.items():
             if row.in_plan:
-                trials.setdefault(key, Known(key, row.name, row.cell, row.seed, _Stored(row.config), row.role))
+                trials.setdefault(
+                    key, StoredTrial(key, row.name, row.cell, row.seed, StoredConfig(row.config), row.role)
+                )
         return list(trials.values())
 
     def ask_again(self, ledger: Ledger) -> None:
@@ -204,12 +184,12 @@ def _told(trial: PlannedTrial, ended: Ended | None) -> PlannedTrial:
     """`trial` with the configuration that its folder has, which is what it ran with."""
     if ended is None:
         return trial
-    return Known(trial.trial_id, trial.name, trial.cell, trial.seed, _Stored(ended.config), trial.role)
+    return StoredTrial(trial.trial_id, trial.name, trial.cell, trial.seed, StoredConfig(ended.config), trial.role)
 
 
-def _stranger(key: str, ended: Ended) -> Known:
+def _stranger(key: str, ended: Ended) -> StoredTrial:
     """A trial of an earlier plan, or of a search: its name and cell are known when it is planned again."""
-    return Known(key, key, {}, int(ended.config.get("seed") or 0), _Stored(ended.config))
+    return StoredTrial(key, key, {}, int(ended.config.get("seed") or 0), StoredConfig(ended.config))
 
 
 def trial_folders(layout: SweepLayout) -> list[str]:
@@ -269,7 +249,7 @@ def _go_on(ledger: Ledger, row: TrialRow, numbers: Sequence[int]) -> None:
 
 def _take_snapshot(layout: SweepLayout, target: Path) -> bool:
     """Copy the ledger's snapshot in storage to `target`; False where there is none that is whole."""
-    source = layout.root / _SNAPSHOT
+    source = layout.root / SNAPSHOT
     if not source.is_file() or problem_of(source) is not None:
         return False
     shutil.copyfile(source, target)

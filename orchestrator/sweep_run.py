@@ -23,13 +23,14 @@ from orchestrator import (
     spec,
     starting_points,
 )
-from orchestrator.attempt import PROGRAM, Job, is_disk_full
+from orchestrator.attempt import Job, is_disk_full
 from orchestrator.budget import Budget
 from orchestrator.control import PRUNED, Control
 from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch, Handler
 from orchestrator.early import EarlyStopping, steps_of
 from orchestrator.growth import Growth
+from orchestrator.jobs import job_of
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State, TrialRow
 from orchestrator.plan import Plan, PlannedTrial
@@ -304,21 +305,7 @@ class SweepRun:
         row = self.ledger.row(trial.trial_id)
         self.gpus[trial.trial_id] = request.gpus if trial.resources.gpus else 0.0
         self.budget.begin(trial.trial_id)
-        job = Job(
-            trial_id=trial.trial_id,
-            name=trial.name,
-            config=trial.config.model_dump(mode="json"),
-            folder=str(self.layout.trial(trial.trial_id).root),
-            cache=str(self.layout.cache),
-            threads=max(1, int(request.cpus / request.ranks)),
-            attempts=row.attempts,
-            last_step=row.last_step or 0,
-            stalled=row.stalled,
-            gpus=request.gpus / request.ranks,
-            ranks=request.ranks,
-            remote=self.options.remote,
-            train=PROGRAM if trial.config.command is not None else self.options.train,
-        )
+        job = job_of(trial, row, self.layout, request, train=self.options.train, remote=self.options.remote)
         return job, request
 
     def _conclude(self, sink: Any) -> int:

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+
+# Marks of tests in whose own process Ray runs: it leaves sockets and files to the garbage collector.
+RAY_IN_THIS_PROCESS = [
+    pytest.mark.filterwarnings(f"ignore::{kind}")
+    for kind in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning", "FutureWarning", "DeprecationWarning")
+]
 
 TABLES = ("ablation", "metrics", "token_norms")
 

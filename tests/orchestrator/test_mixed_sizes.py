@@ -5,14 +5,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import mixed_sizes
+from tests.orchestrator.sweeps import RAY_IN_THIS_PROCESS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own sockets and files
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = [pytest.mark.slow, *RAY_IN_THIS_PROCESS]
 
 SECONDS = 4.0
 NODES, GPUS = 2, 4

@@ -16,6 +16,7 @@ from orchestrator.attempt import Job, Outcome, Report
 from orchestrator.control import Control
 from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch
+from orchestrator.jobs import job_of
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
@@ -23,16 +24,10 @@ from orchestrator.queue import Queue
 from orchestrator.recorder import Recorder
 from orchestrator.run_request import Request
 from orchestrator.spec import read_sweep
-from tests.orchestrator.sweeps import Small
+from tests.orchestrator.sweeps import RAY_IN_THIS_PROCESS, Small
 from tests.orchestrator.test_faults import begin, reported, wait_for
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # of Ray's own sockets and files
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = [pytest.mark.slow, *RAY_IN_THIS_PROCESS]
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 12
@@ -100,23 +95,10 @@ def test_the_trial_of_a_lost_node_goes_on_elsewhere_uncharged(tmp_path: Path, mo
         queue.add(plan.trials)
         dispatch = Dispatch(ledger, queue, [], lambda _trial: None, lambda: False)
 
-        def make_job(trial: Any) -> tuple[Job, Request]:
-            row = ledger.row(trial.trial_id)
-            job = Job(
-                trial_id=trial.trial_id,
-                name=trial.name,
-                config=trial.config.model_dump(mode="json"),
-                folder=str(layout.trial(trial.trial_id).root),
-                cache=str(layout.cache),
-                threads=1,
-                attempts=row.attempts,
-                last_step=row.last_step or 0,
-                stalled=row.stalled,
-                train=f"{__name__}:counts",
-            )
-            return job, Request(1, 0)
-
-        dispatch.make_job = make_job
+        dispatch.make_job = lambda trial: (
+            job_of(trial, ledger.row(trial.trial_id), layout, Request(1, 0), train=f"{__name__}:counts"),
+            Request(1, 0),
+        )
         run.run(ray, dispatch, handle, Control(), lambda: False)
         delivery.complete()
         rows = ledger.rows()
