@@ -11,6 +11,7 @@ from orchestrator.attempt import Job, Outcome, Report
 from orchestrator.layout import TrialLayout
 
 WAIT_SECONDS = 20.0
+MARK = "BENCHMARK_BEGAN"  # of the environment: the file that `mark` makes
 
 
 def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Callable[[], str | None]) -> Outcome:
@@ -39,6 +40,6 @@ def wait(job: Job, layout: TrialLayout, number: int, report: Report, should_stop
 
 def mark(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Callable[[], str | None]) -> Outcome:
     """Make the file that the environment names, then wait to be ended."""
-    Path(os.environ["BENCHMARK_BEGAN"]).touch()
+    Path(os.environ[MARK]).touch()
     time.sleep(60)
     return Outcome("finished", steps=1)

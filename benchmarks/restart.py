@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import simulated
+from benchmarks import noop, simulated
 from benchmarks.report import Comparison, Goal, Report, Settings
 from orchestrator import publish
 from orchestrator.attempt import Outcome
@@ -20,7 +20,6 @@ from orchestrator.plan import PlannedTrial
 TRIALS = 10_000
 MAX_SECONDS = 10.0
 MAX_RUNS = 5
-MARK = "BENCHMARK_BEGAN"
 
 _GO_ON = """
 import sys
@@ -88,7 +87,7 @@ def _go_on(folder: Path) -> float:
     began = time.perf_counter()
     command = [sys.executable, "-c", _GO_ON, str(folder / "restart.yaml"), str(folder / "runs"), "restart"]
     root = str(Path(__file__).resolve().parents[1])
-    process = subprocess.Popen(command, env={**os.environ, MARK: str(mark), "PYTHONPATH": root})
+    process = subprocess.Popen(command, env={**os.environ, noop.MARK: str(mark), "PYTHONPATH": root})
     try:
         while not mark.exists():
             if process.poll() is not None:

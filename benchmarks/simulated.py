@@ -6,26 +6,24 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from orchestrator import publish, run, spec
-from orchestrator.attempt import Job
 from orchestrator.control import Control
 from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch
+from orchestrator.jobs import job_of
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial, build_plan
-from orchestrator.queue import Queue
+from orchestrator.queue import Handler, Queue
 from orchestrator.recorder import Recorder
 from orchestrator.run_request import Request
 from orchestrator.tracking import Sink, default_tracking_uri
-
-Handler = Callable[[str, Mapping[str, Any]], None]
 
 
 @contextmanager
@@ -60,24 +58,6 @@ def plan(folder: Path, name: str, trials: int) -> tuple[PlannedTrial, ...]:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(content))
     return build_plan(spec.read_sweep(file)).trials
-
-
-def job(planned: PlannedTrial, layout: SweepLayout, train: str) -> Job:
-    """The job of a trial that `train` (module:function) runs."""
-    return Job(
-        trial_id=planned.trial_id,
-        name=planned.name,
-        config=planned.config.model_dump(mode="json"),
-        folder=str(layout.trial(planned.trial_id).root),
-        cache=str(layout.cache),
-        threads=1,
-        train=train,
-    )
-
-
-def _asked(job: Job, request: Request) -> tuple[Job, Request]:
-    """A job with what it asks for."""
-    return replace(job, gpus=request.gpus / request.ranks, ranks=request.ranks), request
 
 
 def sweep(
@@ -120,7 +100,10 @@ def sweep(
         queue = Queue()
         queue.add(planned)
         dispatch = Dispatch(ledger, queue, [], lambda _trial: None, lambda: False)
-        dispatch.make_job = lambda trial: _asked(job(trial, layout, train), requests[trial.trial_id])
+        dispatch.make_job = lambda trial: (
+            job_of(trial, ledger.row(trial.trial_id), layout, requests[trial.trial_id], train=train),
+            requests[trial.trial_id],
+        )
         run.run(ray, dispatch, handle, Control(), lambda: False)
         delivery.complete()
         counts = ledger.counts()
@@ -137,8 +120,6 @@ def bare(
     ray: Any, folder: Path, name: str, planned: tuple[PlannedTrial, ...], train: str, request: Request, clock: Clock
 ) -> None:
     """The same thin trials in bare Ray Tune: its own grid, reused actors, loggers off, nobody listening but `clock`."""
-    from dataclasses import asdict
-
     from ray import tune
 
     from orchestrator.mailbox import Mailbox
@@ -146,8 +127,13 @@ def bare(
 
     layout = SweepLayout(folder / "bare", folder / "bare", name)
     mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
-    for trial in planned:
-        mailbox.put.remote(trial.trial_id, asdict(job(trial, layout, train)))
+    with Ledger.open(layout.ledger) as ledger:  # what it knows of each trial is all the same: nothing
+        ledger.plan(planned)
+        jobs = [
+            job_of(trial, row, layout, request, train=train) for trial, row in zip(planned, ledger.rows(), strict=True)
+        ]
+    for job in jobs:
+        mailbox.put.remote(job.trial_id, asdict(job))
     bundles = request.bundles()
     tune.Tuner(
         tune.with_resources(

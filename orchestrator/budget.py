@@ -9,6 +9,7 @@ from types import TracebackType
 
 from orchestrator import sweep
 from orchestrator.ledger import Ledger
+from orchestrator.room import Room
 
 HOURS = "hours"  # of wall-clock time of all runs so far, among the ledger's values of the whole sweep
 _KEEP_SECONDS = 30.0  # after so long the hours are written down again, which is what a killed driver loses at most
@@ -50,7 +51,7 @@ class Budget:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._keep(self._clock())
+        Room(self._ledger.path.parent).wait_for(lambda: self._keep(self._clock()))
 
     def spent(self) -> Spent:
         """What is used up to now. Running attempts count from when a call first saw them, by the monotonic clock."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -149,7 +150,7 @@ def _checkpoints(trial: TrialLayout, row: TrialRow, keep: Keep) -> tuple[Path, .
         steps = row.config.get("execution", {}).get("keep_steps") or ()
         staying += [path for path in ours if checkpoint_files.step_of(path) in steps]
     if keep == "last":
-        staying += [path for path in ours if checkpoint_files.is_whole_file(path)][:1]
+        staying += itertools.islice(filter(checkpoint_files.is_whole_file, ours), 1)
     kept = {*staying, *map(checkpoint_files.checksum_path, staying)}
     return tuple(path for folder in folders for path in sorted(folder.iterdir()) if path not in kept)
 

@@ -78,5 +78,4 @@ def fetch(context: typer.Context, sweep: str, storage: Path) -> None:
     from orchestrator.remote_trial import Mirror
 
     layout = SweepLayout(storage.resolve(), storage.resolve(), sweep)
-    layout.root.mkdir(parents=True, exist_ok=True)
     remote_sweep.fetch(Mirror(Remote(uri), layout.storage), layout)

@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from orchestrator.cli_options import RUNS, State, Storage, TrialName
+from orchestrator.cli_options import RUNS, State, Storage, TrialName, remote
 
 
 def import_(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="A table: CSV, TSV, JSON lines or parquet.", metavar="FILE")],
     sweep: Annotated[
         str | None, typer.Option(metavar="NAME", help="Sweep to make or extend. [default: the file's name]")
@@ -35,6 +36,8 @@ def import_(
     """Take finished results of other tools into a sweep's tables."""
     from orchestrator import import_results
 
+    if remote(context) is not None:
+        raise ValueError("import works on folders, not on object stores; give another --storage and --sweep")
     import_results.import_results(
         import_results.Request(
             file=file,
@@ -52,6 +55,7 @@ def import_(
 
 
 def export(
+    context: typer.Context,
     trial: TrialName,
     to: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write. [default: with the trial]")] = None,
     weights: Annotated[
@@ -63,4 +67,4 @@ def export(
     """Write a trial's newest weights as a folder that timm loads (safetensors)."""
     from orchestrator import export
 
-    export.export(trial, to, weights, storage, state or storage)
+    export.export(trial, to, weights, storage, state or storage, remote(context))

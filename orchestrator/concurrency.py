@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from orchestrator.holder import Hold, SweepHeld
 from orchestrator.layout import SweepLayout
+from orchestrator.who_runs import holder_of
 from trainers.files import write_whole
 
 
@@ -21,11 +21,8 @@ def set_concurrency(sweep: str, max_concurrent: int, storage: Path, state: Path)
     layout = SweepLayout(storage.resolve(), state.resolve(), sweep)
     if not layout.ledger.is_file():
         raise ValueError(f"there is no sweep {sweep!r} under {state}")
-    try:
-        Hold(layout.lock).release()
-    except SweepHeld as held:
-        write_whole(layout.settings, json.dumps({"max_concurrent": max_concurrent}).encode())
-        who = f" (process {held.holder['pid']} on {held.holder['host']})" if held.holder else ""
-        print(f"{sweep}{who} will run at most {max_concurrent} trials at a time")
-        return
-    raise ValueError(f"{sweep} is not running; give --max-concurrent to orchestrate sweep")
+    holder = holder_of(layout.lock)
+    if holder is None or not holder.alive:
+        raise ValueError(f"{sweep} is not running; give --max-concurrent to orchestrate sweep")
+    write_whole(layout.settings, json.dumps({"max_concurrent": max_concurrent}).encode())
+    print(f"{sweep} (process {holder.pid} on {holder.host}) will run at most {max_concurrent} trials at a time")

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from orchestrator import publish
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
-from orchestrator.room import when_there_is_room
+from orchestrator.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +24,11 @@ class Delivery:
         self, layout: SweepLayout, ledger: Ledger, threads: int = 1, leaving: Callable[[], bool] = lambda: False
     ) -> None:
         """Once `leaving` is true nothing waits for space on a full disk."""
-        self._layout, self._ledger, self._told = layout, ledger, leaving
+        self._layout, self._ledger = layout, ledger
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="delivery")
         self._running: list[Future[None]] = []
         self._leaving = False
+        self._room = Room(layout.root, lambda: self._leaving or leaving())
 
     def __enter__(self) -> Delivery:
         return self
@@ -56,9 +57,7 @@ class Delivery:
     def _try(self, trial_id: str) -> None:
         """Deliver; while the disk is full wait for space; what else fails is tried again at the end."""
         try:
-            when_there_is_room(
-                lambda: self._deliver(trial_id), self._layout.root, lambda: self._leaving or self._told()
-            )
+            self._room.wait_for(lambda: self._deliver(trial_id))
         except (OSError, sqlite3.Error) as error:
             log.warning("trial %s could not be published and is tried again at the end: %s", trial_id, error)
 

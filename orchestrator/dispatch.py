@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from orchestrator.attempt import Job
 from orchestrator.growth import Growth
@@ -11,9 +11,9 @@ from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial
 from orchestrator.queue import Queue
 from orchestrator.retry import MAX_LOSSES_WITHOUT_PROGRESS
+from orchestrator.room import Room
 from orchestrator.run_request import Request
 
-Handler = Callable[[str, Mapping[str, Any]], None]
 MakeJob = Callable[[PlannedTrial], tuple[Job, Request]]
 
 
@@ -37,6 +37,7 @@ class Dispatch:
         """
         self._ledger, self._queue, self._growths = ledger, queue, growths
         self._settle, self._leaving, self._may_begin = settle, leaving, may_begin
+        self._room = Room(ledger.path.parent)  # what goes on while an executor runs must not fail for it
         self.make_job: MakeJob | None = None
         self.grown: dict[str, PlannedTrial] = {}
 
@@ -47,7 +48,7 @@ class Dispatch:
     def grow(self) -> None:
         """Ask for trials that follow from the results so far, until there are no new ones."""
         while new := [trial for growth in self._growths for trial in growth.more(self._ledger)]:
-            self._ledger.add(new)
+            self._room.wait_for(partial(self._ledger.add, new))
             for trial in new:
                 self.grown[trial.trial_id] = trial
                 self._settle(trial)

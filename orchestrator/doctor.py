@@ -17,12 +17,13 @@ from orchestrator import (
     remote_sweep,
 )
 from orchestrator.finding import Finding
+from orchestrator.holder import SweepHeld
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.rebuild import Clock
 from orchestrator.remote import Remote
 from orchestrator.remote_delivery import RemoteDelivery
-from orchestrator.remote_sweep import Keeper
+from orchestrator.remote_sweep import DrivenElsewhere, Keeper
 from orchestrator.remote_trial import Mirror
 from orchestrator.who_runs import holder_of
 
@@ -81,7 +82,10 @@ def doctor(options: Options) -> int:
     report = Report((lambda _line: None) if options.as_json else print, options.fix)
     report.take(None, _machine(options))
     for layout in _layouts(options):
-        _sweep(layout, options, report)
+        try:
+            _sweep(layout, options, report)
+        except (SweepHeld, DrivenElsewhere) as held:  # on another machine, or begun just now
+            report.take(layout.name, [Finding("lock", str(layout.root), str(held), "try again when it is over")])
     left = sum(not mended for _, _, mended in report.found)
     if options.as_json:
         print(json.dumps([finding.to_json(sweep, mended) for sweep, finding, mended in report.found], indent=1))

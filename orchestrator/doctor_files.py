@@ -18,7 +18,7 @@ from orchestrator.who_runs import holder_of
 from trainers import checkpoint_files
 
 # Hidden names under which files and folders grow until they are whole.
-_UNFINISHED = re.compile(r"^\.(.*\.\d+\.partial|.*\.\d+\.pulled|snapshot-.*|rebuilt-ledger\..*)$")
+_UNFINISHED = re.compile(r"^\.(.*\.\d+\.partial|.*\.\d+\.pulled|snapshot-.*|upload-.*|rebuilt-ledger\..*)$")
 
 
 def check_checkpoints(layout: SweepLayout, ledger: Ledger, *, running: bool) -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ def file_system(path: Path, mounts: str) -> str:
         fields = line.split(" ")
         if len(fields) < 3:
             continue
-        mounted = fields[1].encode().decode("unicode_escape")  # a space is written as \040
+        mounted = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[1])  # a space is \040
         if path.is_relative_to(mounted) and len(mounted) >= len(found[0]):
             found = (mounted, fields[2])
     return found[1]

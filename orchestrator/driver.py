@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Sequence
 
@@ -61,12 +62,14 @@ def run_sweep(asked: spec.Sweep, options: Options) -> int:
         with (
             signals(stop),
             Ledger.open(layout.ledger) as ledger,
-            contextlib.nullcontext() if mirror is None else Keeper(mirror, layout) as keeper,
+            contextlib.nullcontext() if mirror is None else Keeper(mirror, layout, taken_over=_leave) as keeper,
             Screen(asked.name, quiet=options.quiet) as screen,
         ):
             return SweepRun(options, asked, plan, layout, ledger, screen, stop, keeper).execute()
-    except Interrupted:
-        return 128 + (stop.signal or signal.SIGINT)
+    except Interrupted as interrupted:
+        if not options.quiet:
+            print("interrupted; the same command goes on")
+        return 128 + interrupted.number
 
 
 def smoke_overrides(options: Options) -> list[str]:
@@ -90,3 +93,8 @@ def _check_own_parts(trials: Sequence[PlannedTrial]) -> None:
         named |= {*config.evaluation.probes, *config.tokens.measurements}
     for path in sorted(filter(is_dotted_path, named)):
         load(path)
+
+
+def _leave() -> None:
+    """End this run in order, as `kill` would: another machine has its sweep."""
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -55,7 +55,7 @@ def measure(trial: PlannedTrial, state: Path) -> Sample:
     with tempfile.TemporaryDirectory(prefix=".dry_steps_", dir=state) as folder:
         asked = {
             "config": dry(trial.config).model_dump(mode="json"),
-            "gpus": min(1.0, num_gpus(trial)),
+            "on_gpu": num_gpus(trial) > 0,
             "threads": max(1, int(trial.resources.cpus / trial.resources.num_ranks)),
             "folder": folder,
             "cache": str(state / "cache"),
@@ -76,7 +76,9 @@ def measure(trial: PlannedTrial, state: Path) -> Sample:
 
 
 def dry(config: TrialConfig) -> TrialConfig:
-    """`config` on generated images, without probes and measurements, from random weights: its steps are the same."""
+    """`config` on generated images, without probes and measurements, from random weights: its steps are the same, and
+    no fewer than are counted.
+    """
     settings = config.model_dump(mode="json")
     few = {"num_train": max(64, config.optim.batch_size), "num_validation": 16, "num_test": 16}
     settings["data"] = {"train": "scenes", "decode_size": config.model.side, "scenes": few}
@@ -84,6 +86,7 @@ def dry(config: TrialConfig) -> TrialConfig:
     settings["evaluation"] = {"probes": [], "points": 1}
     settings["tokens"] = {**settings["tokens"], "probe_images": 1, "measurements": []}
     settings["execution"]["data_root"] = None
+    settings["optim"]["steps"] = max(config.optim.steps, WARM_UP + STEPS + 1)
     return resolve(settings)
 
 
@@ -116,11 +119,11 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     config = TrialConfig.model_validate(asked["config"])
-    on_gpu = asked["gpus"] > 0
+    on_gpu = asked["on_gpu"]
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("it asks for a GPU and this machine has none; measure where the sweep will run")
-    job = Job("dry", "dry", asked["config"], asked["folder"], asked["cache"], threads=asked["threads"])
-    job = Job(**{**vars(job), "gpus": 1.0 if on_gpu else 0.0})  # the whole one: what a share must hold is the question
+    gpus = 1.0 if on_gpu else 0.0  # the whole one: what a share must hold is the question
+    job = Job("dry", "dry", asked["config"], asked["folder"], asked["cache"], asked["threads"], gpus=gpus)
     watch = _Watch(torch.cuda.synchronize if on_gpu else lambda: None)
     layout = TrialLayout(Path(asked["folder"]))
     layout.attempt(1).mkdir(parents=True)

@@ -7,12 +7,16 @@ from pathlib import Path
 from orchestrator.inspect import find
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import TrialRow
+from orchestrator.remote import Remote
+from orchestrator.remote_trial import Mirror, pull_step
 
 EVALUATED = "evaluated"  # whatever the trial's method evaluates
 
 
-def export(trial: str, to: Path | None, weights: str, storage: Path, state: Path) -> None:
+def export(trial: str, to: Path | None, weights: str, storage: Path, state: Path, remote: str | None = None) -> None:
     """Write model.safetensors and config.json to `to` (default: beside the trial's other files) and say how to load.
+
+    Where `storage` is this machine's copy of a `remote` one (its URI), the newest checkpoint comes from there.
 
     Raises:
         ValueError: no trial, or more than one, is meant; it has no whole checkpoint or not these weights; or timm has
@@ -26,6 +30,8 @@ def export(trial: str, to: Path | None, weights: str, storage: Path, state: Path
     config = TrialConfig.model_validate(row.config)
     if weights == EVALUATED:
         weights = catalog.METHODS[config.method].weights if config.method in catalog.METHODS else "raw"
+    if remote is not None:
+        pull_step(Mirror(Remote(remote), layout.storage), row.trial_id)
     saved = checkpoint.load_newest(_checkpoint_folders(layout, row))
     if saved is None:
         raise ValueError(f"{row.name} is {row.state} and has no checkpoint to export")

@@ -21,7 +21,3 @@ class Growth(Protocol):
         nothing new. What it names may be over already; it is then not run again.
         """
         ...
-
-    def is_over(self, ledger: Ledger) -> bool:
-        """Whether no trial will follow any more, however those that still run will end."""
-        ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -86,8 +87,8 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
 
 
 def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
-    text = path.read_bytes().decode("utf-8-sig")
-    reader = csv.reader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+    reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     rows: list[Row] = []
     problems: list[Problem] = []
     try:
@@ -109,7 +110,7 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
 def _json_lines(path: Path) -> tuple[list[str], Iterator[Row]]:
     rows: list[Row] = []
     problems: list[Problem] = []
-    for number, text in enumerate(path.read_bytes().decode().split("\n"), 1):
+    for number, text in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
         if not text.strip():
             continue
         try:

@@ -84,7 +84,9 @@ def stop(trial: str, storage: Path, state: Path) -> None:
     layout, row = find(trial, storage, state)
     if row.state != "running":
         raise ValueError(f"{row.name} is {row.state}; only a running trial can be stopped")
-    layout.trial(row.trial_id).stop_request.touch()
+    request = layout.trial(row.trial_id).stop_request
+    request.parent.mkdir(parents=True, exist_ok=True)  # a trial on another machine has no folder here yet
+    request.touch()
     print(f"{row.name} will checkpoint and end as stopped")
 
 
@@ -149,14 +151,15 @@ def find(trial: str, storage: Path, state: Path) -> tuple[SweepLayout, TrialRow]
 
 def matching(trial: str, storage: Path, state: Path) -> list[tuple[SweepLayout, TrialRow]]:
     """All trials that `trial` may mean: an id, the beginning of one, or a name, after SWEEP/ of one sweep alone."""
-    sweep, _, wanted = trial.rpartition("/")
     return [
-        (layout, row)
-        for layout in sweeps(storage, state)
-        if not sweep or layout.name == sweep
-        for row in _rows(layout)
-        if wanted and (row.trial_id.startswith(wanted) or row.name == wanted)
+        (layout, row) for layout in sweeps(storage, state) for row in _rows(layout) if _is_meant(trial, layout, row)
     ]
+
+
+def _is_meant(trial: str, layout: SweepLayout, row: TrialRow) -> bool:
+    """Names of trials may have slashes of their own."""
+    wanted = {trial, trial.removeprefix(f"{layout.name}/")} - {""}
+    return any(row.trial_id.startswith(one) or row.name == one for one in wanted)
 
 
 def one_of(found: list[tuple[SweepLayout, TrialRow]], trial: str) -> tuple[SweepLayout, TrialRow]:

@@ -221,7 +221,8 @@ class Ledger(LedgerFile):
         last = "SELECT max(time_ms) FROM metrics WHERE trial_id = ? AND attempt = ?"
         begun = "SELECT started_ms FROM attempts WHERE trial_id = ? AND number = ?"
         with self._change() as db:
-            left = [(row.trial_id, row.attempts) for row in self.rows(in_plan_only=False) if row.state == "running"]
+            running = self._read("SELECT trial_id, attempts FROM trials WHERE state = 'running' ORDER BY position")
+            left = [(row[0], row[1]) for row in running]
             for key in left:
                 ended = max(self._read(begun, key)[0][0], self._read(last, key)[0][0] or 0)
                 db.execute("UPDATE trials SET state = 'planned' WHERE trial_id = ?", key[:1])
@@ -305,6 +306,10 @@ class Ledger(LedgerFile):
         """(step, name, value) sorted by step and name: one unbroken history, whatever attempts it took."""
         sql = "SELECT step, name, value FROM current_metrics WHERE trial_id = ? ORDER BY step, name"
         return [(row[0], row[1], _value(row[2])) for row in self._read(sql, (trial_id,))]
+
+    def reported(self, name: str) -> set[str]:
+        """Ids of the trials that have a value of the metric `name`."""
+        return {row[0] for row in self._read("SELECT DISTINCT trial_id FROM metrics WHERE name = ?", (name,))}
 
     def since(self, trial_id: str, seq: int, limit: int) -> list[Point]:
         """The first `limit` points of a trial that came after `seq`, in the order in which they came."""

@@ -99,7 +99,12 @@ class LedgerFile:
 
     def _read(self, sql: str, values: Sequence[Any] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
         with self._lock:
-            return self._connection.execute(sql, values).fetchall()
+            try:
+                return self._connection.execute(sql, values).fetchall()
+            except sqlite3.OperationalError:  # locked, or a full disk: the file is whole
+                raise
+            except sqlite3.DatabaseError as error:
+                raise LedgerError(f"{self.path} is damaged inside ({error}); see orchestrate doctor") from error
 
     # Of the sweep as a whole
 
@@ -118,15 +123,21 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
     """A connection in autocommit mode to a ledger of our version, made first where `mode` allows it."""
     if mode == "ro" and not path.exists():
         raise LedgerError(f"there is no ledger at {path}; the sweep has not been run with this state folder")
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}",
-        uri=True,
-        timeout=_BUSY_S,
-        isolation_level=None,
-        check_same_thread=False,
-    )
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_S,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+    except sqlite3.OperationalError as error:
+        raise LedgerError(f"{path} cannot be opened ({error})") from error
     try:
         _prepare(connection, path, create=mode == "rwc")
+    except sqlite3.OperationalError as error:  # locked, not to be written, a full disk: the file is whole
+        connection.close()
+        raise LedgerError(f"{path} cannot be used now ({error})") from error
     except sqlite3.DatabaseError as error:
         connection.close()
         advice = "move it away and run the sweep again, which takes finished trials from their folders"

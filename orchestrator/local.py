@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from orchestrator import remote_trial, retry
 from orchestrator.attempt import Job, process_name, run_attempt
 from orchestrator.control import Control
 from orchestrator.layout import TrialLayout
-from orchestrator.queue import Source
-
-Handler = Callable[[str, Mapping[str, Any]], None]
+from orchestrator.queue import Handler, Source
 
 _PAUSE_SECONDS = 0.1  # between two looks at a source that has nothing now
 

@@ -1,4 +1,4 @@
-"""From a sweep to its trials: cells times seeds, identities, readable names, and what a run would add; pure."""
+"""From a sweep to its trials: cells times seeds, identities and readable names; pure."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ _T_975 = (
     2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
 )  # fmt: skip
 _Z_975 = 1.959964
-
-# States in which a trial is over and is not run again unless asked to.
-_OVER = ("finished", "diverged", "pruned", "stopped", "failed")
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,9 @@ class Plan:
     def to_json(self, cost: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The content of plan.json: this plan only, every value as JSON has it."""
         sweep = self.sweep.model_dump(mode="json")
-        trials = [{"trial_id": t.trial_id, "name": t.name, "cell": _plain(t.cell), "seed": t.seed} for t in self.trials]
+        trials = [
+            {"trial_id": t.trial_id, "name": t.name, "cell": plain_cell(t.cell), "seed": t.seed} for t in self.trials
+        ]
         more_seeds = {} if self.sweep.more_seeds is None else {"more_seeds": sweep["more_seeds"]}
         return {
             "sweep": self.sweep.name,
@@ -68,16 +67,6 @@ class Plan:
             "cost": dict(cost or {}),
             "trials": trials,
         }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A plan against what a ledger holds."""
-
-    new: tuple[PlannedTrial, ...]  # never seen
-    unfinished: tuple[PlannedTrial, ...]  # planned or running
-    over: tuple[PlannedTrial, ...]  # finished, diverged, pruned, stopped or failed
-    removed: tuple[str, ...]  # ids that are in the ledger and not in the plan
 
 
 def build_plan(sweep: Sweep) -> Plan:
@@ -101,7 +90,9 @@ def build_plan(sweep: Sweep) -> Plan:
         known = cells.setdefault(key, (values, config))
         settings.setdefault(key, cell.settings)
         if known[0] != values:
-            notes.append(f"the cells {_shown(known[0])} and {_shown(values)} are the same trial; the first is kept")
+            notes.append(
+                f"the cells {cell_text(known[0])} and {cell_text(values)} are the same trial; the first is kept"
+            )
     notes += _without_effect(sweep, [values for values, _ in cells.values()])
     kept = list(cells.values())
     configs = [config for _, config in kept]
@@ -193,17 +184,6 @@ def _without_effect(sweep: Sweep, cells: Sequence[Mapping[str, Any]]) -> list[st
     ]
 
 
-def diff(plan: Plan, states: Mapping[str, str]) -> Difference:
-    """What running `plan` would add to trials with these `states` by id."""
-    planned = {trial.trial_id for trial in plan.trials}
-    return Difference(
-        new=tuple(t for t in plan.trials if t.trial_id not in states),
-        unfinished=tuple(t for t in plan.trials if states.get(t.trial_id, _OVER[0]) not in _OVER),
-        over=tuple(t for t in plan.trials if states.get(t.trial_id) in _OVER),
-        removed=tuple(key for key in states if key not in planned),
-    )
-
-
 def interval_half_width(num_seeds: int) -> float | None:
     """Half the width of the paired 95 % t interval, in standard deviations of the paired differences.
 
@@ -230,9 +210,11 @@ def detectable(num_seeds: int) -> str:
     return f"{num_seeds} seeds: differences above {width:.2f} standard deviations of the paired differences"
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain_cell(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell as JSON has it."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _shown(values: Mapping[str, Any]) -> str:
+def cell_text(values: Mapping[str, Any]) -> str:
+    """A cell as a user reads it on one line."""
     return "{" + ", ".join(f"{name}: {'null' if value is None else value}" for name, value in values.items()) + "}"

@@ -60,8 +60,8 @@ def disk(trials: Sequence[PlannedTrial], layout: SweepLayout, rows: Sequence[Tri
 
 def _records(folder: Path) -> int:
     """Bytes of what a trial keeps besides checkpoints."""
-    files = (path for path in folder.rglob("*") if path.is_file() and "checkpoints" not in path.parts)
-    return sum(path.stat().st_size for path in files)
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files if "checkpoints" not in path.relative_to(folder).parts)
 
 
 @dataclass(frozen=True)

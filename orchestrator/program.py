@@ -238,6 +238,12 @@ class _Watch:
         return _Ended(-signal.SIGKILL, self._asked, {"type": kind, "message": message, "retryable": retryable})
 
 
+def _signal_name(number: int) -> str:
+    """Its name; those of real time between the first and the last have none."""
+    names = {one.value: one.name for one in signal.Signals}
+    return names.get(number, f"signal {number}")
+
+
 def _outcome(ended: _Ended, lines: ProgramReport, job: Job, layout: TrialLayout, output: str) -> Outcome:
     """What the end of a program means for its trial."""
     threads = int(job.config["execution"].get("threads") or job.threads)
@@ -257,7 +263,7 @@ def _outcome(ended: _Ended, lines: ProgramReport, job: Job, layout: TrialLayout,
         return known
     said = next((line.strip() for line in reversed(output.splitlines()) if line.strip()), "it printed nothing")
     if ended.code < 0:
-        kind, how = "ProcessLost", f"was killed by {signal.Signals(-ended.code).name}"
+        kind, how = "ProcessLost", f"was killed by {_signal_name(-ended.code)}"
     else:
         kind, how = ("ProcessLost" if ended.code in _LOST_CODES else "ProgramFailed"), f"ended with code {ended.code}"
     error = {"type": kind, "message": f"the program {how}: {said[:2000]}", "traceback": output}

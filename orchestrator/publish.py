@@ -17,6 +17,7 @@ from typing import Any
 from orchestrator.attempt import Outcome
 from orchestrator.layout import TrialLayout
 from orchestrator.ledger import Ledger, TrialRow
+from trainers.checkpoint_files import checksum_path, name_of
 from trainers.files import write_whole
 
 # Patterns of what a trial leaves, relative to its folder, besides checkpoints and logs.
@@ -140,8 +141,8 @@ def _age(position: int, folder: Path) -> tuple[str, bool, int]:
 
 
 def _move_kept(source: Path, target: Path, steps: Collection[int]) -> None:
-    for path in [source / f"step_{step:09d}.pt" for step in steps]:
-        checksum = path.with_name(path.name + ".sha256")
+    for path in [source / name_of(step) for step in steps]:
+        checksum = checksum_path(path)
         if path.is_file() and checksum.is_file() and not (target / path.name).exists():
             checksum.replace(target / checksum.name)  # first: without it the checkpoint counts as damaged
             path.replace(target / path.name)

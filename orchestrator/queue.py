@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 from orchestrator.attempt import Job
 from orchestrator.plan import PlannedTrial
 from orchestrator.run_request import Request
+
+Handler = Callable[[str, Mapping[str, Any]], None]  # whom an executor tells: trial id, event
 
 
 class Source(Protocol):

@@ -55,6 +55,7 @@ class Ended:
     events: list[Event]
     outcome: Outcome
     whole: bool  # all ranks have ended, so that their processes can be used again
+    rank: int = 0  # whose outcome it is
 
 
 class Ranks:
@@ -70,16 +71,26 @@ class Ranks:
         self._streams: dict[int, Any] = {}  # of the ranks that have not ended
         self._heard = 0.0
         self._limit = 0.0
-        self._told: str | None = None
-        self._processes: list[tuple[str, int]] = []
+        self._attempt = ("", 0)  # the trial and the number of its attempt that runs
+        self._told = False
+        self._processes: list[tuple[str, int, tuple[str, ...]]] = []
         ready = [actor.process.remote() for actor in self._actors]
         if len(ray.wait(ready, num_returns=count, timeout=PLACED_SECONDS, fetch_local=False)[0]) < count:
             self.end()
             raise NotPlaced(f"{count} training processes could not be placed within {PLACED_SECONDS:.0f} s")
         self._processes = ray.get(ready)
 
+    def devices(self, rank: int | None = None) -> list[str]:
+        """The GPUs of one rank, or of all."""
+        return [gpu for at, (_, _, gpus) in enumerate(self._processes) if rank in (None, at) for gpu in gpus]
+
     def start(self, job: Job, number: int) -> None:
-        """Begin an attempt on all ranks."""
+        """Begin an attempt on all ranks.
+
+        Raises:
+            RayTaskError: the first rank has no address on the network that the trial names.
+            RayError: the first rank is gone.
+        """
         interface = job.config["execution"].get("network_interface")
         self._limit = float(job.config["execution"].get("no_progress_seconds") or 1_800.0)
         address, port = "127.0.0.1", 0
@@ -90,14 +101,14 @@ class Ranks:
             place = Place(rank, len(self._actors), address, port, interface)
             run = actor.run.options(num_returns="streaming")
             self._streams[rank] = run.remote(asdict(job), number, asdict(place), beat)
-        self._heard, self._told = time.monotonic(), None
+        self._heard, self._attempt, self._told = time.monotonic(), (job.trial_id, number), False
 
     def leave(self, reason: str) -> None:
         """Tell the running attempt to leave, once."""
-        if self._told is None:
-            self._told = reason
+        if not self._told:
+            self._told = True
             for actor in self._actors:
-                actor.leave.remote(reason)
+                actor.leave.remote(*self._attempt, reason)
 
     def next_events(self, seconds: float) -> list[Event] | Ended | Lost | Hung:
         """What the first rank yields within `seconds` (nothing: an empty list), or what became of the attempt."""
@@ -130,22 +141,23 @@ class Ranks:
         outcome = Outcome(**events[-1]["outcome"])
         if outcome.status != "failed" and rank != 0:
             return []
-        outcomes, lost = [outcome], None
-        for late in self._rest(_FAILED_SECONDS if outcome.status == "failed" else _LAST_SECONDS):
+        outcomes, lost = [(rank, outcome)], None
+        for other, late in self._rest(_FAILED_SECONDS if outcome.status == "failed" else _LAST_SECONDS):
             if isinstance(late, Lost):
                 lost = late
             else:
-                outcomes.append(late)
+                outcomes.append((other, late))
         if lost is not None and outcome.status == "failed":
             return lost
-        failed = [late for late in outcomes if late.status == "failed"]
-        own = [late for late in failed if not _is_of_another(late)]
+        failed = [(other, late) for other, late in outcomes if late.status == "failed"]
+        own = [(other, late) for other, late in failed if not _is_of_another(late)]
         if failed and not own and len(self._actors) > 1:  # each blames another, which left no word
-            return Lost(str(dict(failed[0].error or {}).get("message")))
+            return Lost(str(dict(failed[0][1].error or {}).get("message")))
         reports = [event for event in events[:-1] if event["kind"] == "report"] if rank == 0 else []
-        return Ended(reports, (own or [outcome])[0], whole=not self._streams)
+        whose, outcome = (own or outcomes)[0]
+        return Ended(reports, outcome, whole=lost is None and not self._streams, rank=whose)
 
-    def _rest(self, seconds: float) -> Iterator[Outcome | Lost]:
+    def _rest(self, seconds: float) -> Iterator[tuple[int, Outcome | Lost]]:
         """How the ranks end that have not yet, for so many seconds."""
         deadline = time.monotonic() + seconds
         while self._streams and (left := deadline - time.monotonic()) > 0:
@@ -154,17 +166,18 @@ class Ranks:
                 events = self._read(rank)
                 if isinstance(events, Lost):
                     del self._streams[rank]
-                    yield events
+                    yield rank, events
                 elif events[-1]["kind"] == "ended":
                     del self._streams[rank]
-                    yield Outcome(**events[-1]["outcome"])
+                    yield rank, Outcome(**events[-1]["outcome"])
 
     def end(self, *, hung: bool = False) -> None:
         """End all processes, which may be alive although their node or the network was taken for lost.
 
         Hung ones do not hear Ray; those of this node are ended by the system.
         """
-        for actor, (host, pid) in zip(self._actors, self._processes or [("", 0)] * len(self._actors), strict=True):
+        nobody = [("", 0, ())] * len(self._actors)
+        for actor, (host, pid, _) in zip(self._actors, self._processes or nobody, strict=True):
             if hung and host == socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

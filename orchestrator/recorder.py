@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,14 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from orchestrator import publish
-from orchestrator.attempt import Outcome, is_disk_full
+from orchestrator.attempt import Outcome
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State
 from orchestrator.retry import DISK_FULL, MAX_LOSSES_WITHOUT_PROGRESS, MAX_NODES_WITHOUT_PROGRESS
+from orchestrator.room import Room
 
 log = logging.getLogger(__name__)
-
-_ROOM_SECONDS, _SAY_SECONDS = 1.0, 60.0  # between two tries while the disk is full, and between two words about it
 
 
 @dataclass
@@ -75,7 +72,7 @@ class Recorder:
         self.live: dict[str, Live] = {}
         self._nodes: dict[str, int] = {}  # how many nodes were lost with each trial since it last got further
         self.broken: set[str] = set()
-        self._said_full = -math.inf
+        self._room = Room(layout.root)
 
     def handle(self, trial_id: str, event: Mapping[str, Any]) -> None:
         """Record one event: started, report, lost, process_lost or ended. While the disk is full it waits."""
@@ -84,26 +81,11 @@ class Recorder:
         if event["kind"] == "ended" and trial_id in self.broken:
             event = {"kind": "lost", "attempt": event["attempt"], "reason": "an event could not be recorded"}
         try:
-            self._record_when_there_is_room(trial_id, event)
+            self._room.wait_for(lambda: self._record(trial_id, event))
         except Exception:
             self.broken.add(trial_id)
             log.exception("an event of trial %s could not be recorded: %s", trial_id, event.get("kind"))
         self._changed()
-
-    def _record_when_there_is_room(self, trial_id: str, event: Mapping[str, Any]) -> None:
-        while True:
-            try:
-                return self._record(trial_id, event)
-            except (OSError, sqlite3.OperationalError) as error:
-                if not is_disk_full(error):
-                    raise
-                self._say_full()
-                time.sleep(_ROOM_SECONDS)
-
-    def _say_full(self) -> None:
-        if time.monotonic() - self._said_full > _SAY_SECONDS:
-            self._said_full = time.monotonic()
-            log.warning("the disk of %s is full; the sweep waits for space", self._layout.root)
 
     def _record(self, trial_id: str, event: Mapping[str, Any]) -> None:
         kind = event["kind"]
@@ -133,7 +115,7 @@ class Recorder:
         live = self.live.pop(trial_id, None)
         progressed = live is not None and live.first_step is not None
         if reason.startswith(DISK_FULL):
-            self._say_full()
+            self._room.say_full()
         self._ledger.lose_attempt(trial_id, attempt, reason[-2000:], progressed if charged else None)
 
     def _process_lost(self, trial_id: str, reason: str, *, node: bool) -> None:

@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -130,9 +130,18 @@ def snapshot(ledger: Path, target: Path) -> None:
 class Keeper:
     """Holds a sweep against drivers on other machines, and keeps its copy in the store up to date, by a thread."""
 
-    def __init__(self, mirror: Mirror, layout: SweepLayout, every: float = SNAPSHOT_SECONDS) -> None:
-        """Keep `layout`'s sweep, whose ledger this process has open; a snapshot at most `every` seconds."""
-        self.mirror, self._layout, self._every = mirror, layout, every
+    def __init__(
+        self,
+        mirror: Mirror,
+        layout: SweepLayout,
+        every: float = SNAPSHOT_SECONDS,
+        taken_over: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Keep `layout`'s sweep, whose ledger this process has open; a snapshot at most `every` seconds.
+
+        `taken_over` is called, from the thread, where another machine has the sweep since this one fell silent.
+        """
+        self.mirror, self._layout, self._every, self._taken_over = mirror, layout, every, taken_over
         here = hashlib.sha256(f"{socket.gethostname()} {layout.ledger.resolve()}".encode()).hexdigest()[:16]
         self._drivers = f"{layout.name}/drivers"
         self._key = f"{self._drivers}/{here}.json"  # of one ledger on one machine, which the ledger's lock guards
@@ -171,9 +180,11 @@ class Keeper:
         """Push what changed of the ledger, the plan, tables, figures and report.
 
         Raises:
+            DrivenElsewhere: another machine has taken the sweep over, and its files stay.
             OSError: the store does not answer.
         """
         with self._pushing:
+            self._check_own()
             for path in _sweep_files(self._layout):
                 self._push_changed(path, self.mirror.key(path))
             with tempfile.TemporaryDirectory(dir=self._layout.ledger.parent, prefix=".snapshot-") as folder:
@@ -203,15 +214,28 @@ class Keeper:
         pushed = time.monotonic()
         while not self._over.wait(min(RENEW_SECONDS, self._every)):
             try:
+                self._check_own()
                 self._renew()
                 if time.monotonic() - pushed >= self._every:
                     self.push()
                     pushed = time.monotonic()
+            except DrivenElsewhere as error:
+                log.error("%s", error)
+                self._taken_over()
+                return
             except (OSError, sqlite3.Error) as error:  # tried again in a moment, and at the end where it counts
                 log.warning("the sweep could not be copied to storage: %s", error)
 
     def _renew(self) -> None:
         self.mirror.remote.put(self._key, json.dumps({**self._who, "renewed": _now()}).encode())
+
+    def _check_own(self) -> None:
+        """Whoever takes a sweep over removes the sign of life of the one before."""
+        if not self.mirror.remote.exists(self._key):
+            raise DrivenElsewhere(
+                f"{self._layout.name} was taken over by another machine, since this one had given no sign of life for "
+                f"{SILENT_SECONDS:.0f} s; what it has is not copied to storage any more"
+            )
 
     def _refuse_others(self) -> None:
         remote = self.mirror.remote

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import os
 import random
-import re
 import shutil
 import tempfile
 import threading
@@ -21,12 +20,11 @@ from pathlib import Path
 from orchestrator.layout import TrialLayout
 from orchestrator.publish import RECORDS
 from orchestrator.remote import Remote, StorageAway
+from trainers.checkpoint_files import CHECKSUM, by_step, checksum_path, is_name, name_of
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # between two looks for new checkpoints
-_CHECKSUM = ".sha256"
-_CHECKPOINT = re.compile(r"^step_\d{9}\.pt$")
 _GENERATION = "generation"  # changes when a trial is run anew: what lies elsewhere of an earlier one is void
 
 
@@ -85,10 +83,10 @@ def begin_attempt(
         try:
             return claim(mirror, trial, above)
         except StorageAway as error:
-            if leaving():
-                return None
             log.warning("an attempt waits for its storage: %s", error)
             time.sleep(LOOK_SECONDS)
+            if leaving():  # after a pause, since one that was told to stop is given out again until it can say so
+                return None
 
 
 def travel(
@@ -188,9 +186,9 @@ class Uploader:
     def _push_checkpoint(self, path: Path) -> None:
         """Push by second names of both files, which last when training replaces the checkpoint meanwhile."""
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".upload-") as held:
-            for source in (_checksum_of(path), path):
+            for source in (checksum_path(path), path):
                 os.link(source, Path(held) / source.name)
-            for source in (_checksum_of(path), path):  # in this order: without a checksum it counts as damaged
+            for source in (checksum_path(path), path):  # in this order: without a checksum it counts as damaged
                 self._mirror.remote.push(Path(held) / source.name, self._mirror.key(source))
         self._pushed.add(path.name)
 
@@ -230,7 +228,7 @@ def pull_step(mirror: Mirror, trial_id: str, step: int | None = None) -> Path | 
     for sweep in mirror.remote.folders():
         trial = TrialLayout(mirror.root / sweep / "trials" / trial_id)
         for key in _newest_first(mirror.remote.sizes(mirror.key(trial.root))):
-            wanted = step is None or key.endswith(f"/step_{step:09d}.pt")
+            wanted = step is None or key.endswith(f"/{name_of(step)}")
             if wanted and (path := _whole_here(mirror, trial, key)) is not None:
                 return path
     return None
@@ -238,7 +236,7 @@ def pull_step(mirror: Mirror, trial_id: str, step: int | None = None) -> Path | 
 
 def _newest_first(sizes: Collection[str]) -> list[str]:
     """Keys of checkpoints that have a checksum, newest step first."""
-    found = [key for key in sizes if _CHECKPOINT.match(key.rpartition("/")[2]) and key + _CHECKSUM in sizes]
+    found = [key for key in sizes if is_name(key.rpartition("/")[2]) and key + CHECKSUM in sizes]
     return sorted(found, key=lambda key: key.rpartition("/")[2], reverse=True)
 
 
@@ -246,11 +244,11 @@ def _whole_here(mirror: Mirror, trial: TrialLayout, key: str) -> Path | None:
     """The local file with the content of a remote checkpoint, pulled where need be, or None if that is damaged."""
     path = mirror.local(key)
     try:
-        checksum = mirror.remote.read(key + _CHECKSUM)
+        checksum = mirror.remote.read(key + CHECKSUM)
         for folder in trial.checkpoint_folders():
             if (folder / path.name).is_file() and _fits(folder / path.name, checksum):
                 return folder / path.name
-        mirror.remote.pull(key + _CHECKSUM, _checksum_of(path))
+        mirror.remote.pull(key + CHECKSUM, checksum_path(path))
         mirror.remote.pull(key, path)
     except FileNotFoundError:  # whoever owns it has just replaced it
         return None
@@ -258,7 +256,7 @@ def _whole_here(mirror: Mirror, trial: TrialLayout, key: str) -> Path | None:
         return path
     log.warning("checkpoint %s in %s is damaged; the one before is used", key, mirror.remote)
     path.unlink()
-    _checksum_of(path).unlink(missing_ok=True)
+    checksum_path(path).unlink(missing_ok=True)
     return None
 
 
@@ -281,19 +279,12 @@ def _drop_other_generations(mirror: Mirror, trial: TrialLayout, sizes: Collectio
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints of a local folder, newest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _CHECKPOINT.match(path.name) and _checksum_of(path).is_file()]
-    return sorted(found, key=lambda path: path.name, reverse=True)
-
-
-def _checksum_of(path: Path) -> Path:
-    return path.with_name(path.name + _CHECKSUM)
+    return [path for path in by_step([folder]) if checksum_path(path).is_file()]
 
 
 def _remove_checkpoint(mirror: Mirror, key: str) -> None:
     mirror.remote.remove(key)
-    mirror.remote.remove(key + _CHECKSUM)
+    mirror.remote.remove(key + CHECKSUM)
 
 
 # What the driver does
@@ -315,7 +306,7 @@ def push_published(mirror: Mirror, trial: TrialLayout) -> None:
 def settle(mirror: Mirror, trial: TrialLayout, keep_steps: Collection[int] = ()) -> None:
     """Remove all remote checkpoints of a trial that is over but the newest and those of `keep_steps`, one of each."""
     kept: set[str] = set()
-    names = {f"step_{step:09d}.pt" for step in keep_steps}
+    names = {name_of(step) for step in keep_steps}
     sizes = mirror.remote.sizes(mirror.key(trial.root))
     for key in _newest_first(sizes):
         name = key.rpartition("/")[2]

@@ -18,20 +18,31 @@ _TRY_SECONDS, _SAY_SECONDS = 1.0, 60.0  # between two tries, and between two wor
 _Given = TypeVar("_Given")
 
 
-def when_there_is_room(act: Callable[[], _Given], folder: Path, leaving: Callable[[], bool]) -> _Given:
-    """What `act`, which must bear being repeated, returns; while the disk of `folder` is full it is tried again.
+class Room:
+    """Waits for space on the disk of a folder, and says so now and then."""
 
-    Raises:
-        OSError, sqlite3.OperationalError: it failed for another reason, or the disk is full and the sweep leaves.
-    """
-    said = -math.inf
-    while True:
-        try:
-            return act()
-        except (OSError, sqlite3.OperationalError) as error:
-            if leaving() or not is_disk_full(error):
-                raise
-            if time.monotonic() - said > _SAY_SECONDS:
-                said = time.monotonic()
-                log.warning("the disk of %s is full; the sweep waits for space", folder)
-            time.sleep(_TRY_SECONDS)
+    def __init__(self, folder: Path, leaving: Callable[[], bool] = lambda: False) -> None:
+        """Once `leaving` is true nothing waits."""
+        self._folder, self._leaving = folder, leaving
+        self._said = -math.inf
+
+    def wait_for(self, act: Callable[[], _Given]) -> _Given:
+        """What `act`, which must bear being repeated, returns; while the disk is full it is tried again.
+
+        Raises:
+            OSError, sqlite3.OperationalError: it failed for another reason, or the disk is full and the sweep leaves.
+        """
+        while True:
+            try:
+                return act()
+            except (OSError, sqlite3.OperationalError) as error:
+                if self._leaving() or not is_disk_full(error):
+                    raise
+                self.say_full()
+                time.sleep(_TRY_SECONDS)
+
+    def say_full(self) -> None:
+        """Warn that the disk is full, once a minute."""
+        if time.monotonic() - self._said > _SAY_SECONDS:
+            self._said = time.monotonic()
+            log.warning("the disk of %s is full; the sweep waits for space", self._folder)

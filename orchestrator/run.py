@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.control import Control
-from orchestrator.queue import Source
+from orchestrator.queue import Handler, Source
 from orchestrator.ray_token import ray_token, use_ray_token
+from orchestrator.run_options import Interrupted
 from orchestrator.run_request import Request
 
 log = logging.getLogger(__name__)
-
-Handler = Callable[[str, Mapping[str, Any]], None]  # trial id, event
 
 _NODES_SECONDS = 10.0  # between two looks at what nodes a cluster has
 
@@ -46,6 +45,7 @@ def cluster(address: str | None = None) -> Iterator[Any]:
 
     Raises:
         ValueError: nothing answers at `address`.
+        Interrupted: SIGTERM came while it connected, for which Ray has a handler of its own.
     """
     prepare_environment()
     import ray
@@ -58,6 +58,9 @@ def cluster(address: str | None = None) -> Iterator[Any]:
             use_ray_token()  # connecting, unlike starting, does not look for one
         try:
             _connect(ray, address)
+        except SystemExit as error:
+            ray.shutdown()
+            raise Interrupted(signal.SIGTERM) from error
         except ConnectionError as error:
             raise ValueError(
                 f"no Ray cluster answers at {address!r}, or it refuses our token (RAY_AUTH_TOKEN or ~/.ray/auth_token, "
@@ -119,6 +122,7 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # dies with us alone
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     draws = Draws(source, mailbox, should_stop)
+    events = Events(handle, draws.over, _keep_signal())
     trainable = tune.with_resources(tune.with_parameters(ThinTrial, mailbox=mailbox), _resources)
     scratch = Path(tempfile.mkdtemp(prefix="orchestrate-tune-"))
     try:
@@ -129,10 +133,10 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
                 run_config=tune.RunConfig(
                     name="sweep",
                     storage_path=str(scratch),
-                    callbacks=[Events(handle, draws.over, _keep_signal())],
+                    callbacks=[events],
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     failure_config=tune.FailureConfig(max_failures=0),  # the queue gives out again what is lost
-                    stop=DriverStops(should_stop),
+                    stop=DriverStops(lambda: should_stop() or (events.has_guards() and source.is_over())),
                     verbose=0,
                 ),
             ).fit()

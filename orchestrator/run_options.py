@@ -55,11 +55,12 @@ class Stop:
             Interrupted: a signal came.
         """
         if self.signal is not None:
-            raise Interrupted
+            raise Interrupted(self.signal)
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """First signal: trials checkpoint and leave. Second: this process ends at once."""
         if self.signal is not None:
+            os.write(2, b"ended at once; the same command goes on from the checkpoints\n")
             os._exit(128 + number)
         self.signal, self.since = number, time.monotonic()
         last = threading.Timer(LAST_SECONDS, os._exit, (128 + number,))  # Ray may be gone too, and calls to it hang
@@ -69,6 +70,10 @@ class Stop:
 
 class Interrupted(Exception):
     """A signal came at a moment when no trial was running."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
 
 
 @contextmanager

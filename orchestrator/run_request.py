@@ -32,7 +32,8 @@ def clip(request: Request, nodes: Sequence[Mapping[str, Any]]) -> Request:
     """`request` cut so that each rank fits on some node, and all of them on the cluster.
 
     A rank's share is cut to the largest node: of a request for GPUs the one with most GPUs, else with most CPUs. Where
-    the cluster has fewer GPUs than ranks, there are as many ranks as GPUs.
+    the cluster has fewer GPUs than ranks, there are as many ranks as GPUs. Where all ranks do not fit at once, each
+    has fewer CPUs: a placement group that never fits would wait for ever.
     """
 
     def size(node: Mapping[str, Any]) -> tuple[float, float]:
@@ -44,4 +45,13 @@ def clip(request: Request, nodes: Sequence[Mapping[str, Any]]) -> Request:
     ranks = max(1, min(request.ranks, places)) if request.ranks > 1 else 1
     cpus = min(request.cpus / request.ranks, max(largest.get("CPU", 1.0), 0.1))
     gpus = min(request.gpus / request.ranks, largest.get("GPU", 0.0))
+    shares = {cpus, *(node.get("CPU", 0.0) / k for node in nodes for k in range(1, ranks + 1))}
+    fitting = (share for share in sorted(shares, reverse=True) if 0 < share <= cpus)
+    cpus = next((share for share in fitting if _places(nodes, share, gpus) >= ranks), cpus)
     return Request(cpus=cpus * ranks, gpus=gpus * ranks, ranks=ranks)
+
+
+def _places(nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float) -> int:
+    """How many ranks of so many CPUs and GPUs find room at once."""
+    wanted = {"CPU": cpus, "GPU": gpus}
+    return sum(min(int(node.get(name, 0.0) / n + 1e-9) for name, n in wanted.items() if n > 0) for node in nodes)

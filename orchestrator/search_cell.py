@@ -13,7 +13,8 @@ from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import OVER, Role, TrialRow
-from orchestrator.plan import PlannedTrial
+from orchestrator.plan import PlannedTrial, cell_text
+from orchestrator.room import Room
 from orchestrator.search_history import Event, History, Sample, asked, best, mean, pareto_front, restarted, told, warmed
 from orchestrator.search_sampler import suggest
 from orchestrator.search_space import Params, Space
@@ -72,15 +73,25 @@ class CellSearch:
         Returns:
             The ids of the trials that have to be reset so that the same suggestions are run again.
         """
-        samples = self._loaded(ledger).samples
-        rows = [row for sample in samples for row in self._rows(ledger, sample) if row is not None]
-        failed = [row.trial_id for row in rows if row.state == "failed"]
-        fruitless = self.is_told(ledger) and best(samples, self._question.search.modes) is None
-        if not samples or not (everything or (fruitless and failed)):
+        if everything:
+            again = [row.trial_id for row in self._known_rows(ledger) if row.state in OVER]
+        else:
+            again = self.failed_in_vain(ledger)
+        if not self._loaded(ledger).samples or not (everything or again):
             return []
         self._keep(ledger, restarted())
         self._ids.clear()
-        return [row.trial_id for row in rows if row.state in OVER] if everything else failed
+        return again
+
+    def failed_in_vain(self, ledger: Ledger) -> list[str]:
+        """The ids of failed trials of a study in which no suggestion finished; the next run tries them again."""
+        if not self.is_told(ledger) or best(self._loaded(ledger).samples, self._question.search.modes) is not None:
+            return []
+        return [row.trial_id for row in self._known_rows(ledger) if row.state == "failed"]
+
+    def named(self, ledger: Ledger) -> list[PlannedTrial]:
+        """The trials of all suggestions so far."""
+        return [trial for sample in self.samples(ledger) for trial in self._possible(sample)]
 
     def advance(self, ledger: Ledger) -> list[PlannedTrial]:
         """Tell the study what is over and ask it for more, until all that can run at once does; the trials to run.
@@ -90,7 +101,7 @@ class CellSearch:
         """
         trials: list[PlannedTrial] = []
         if not self._resumed:
-            trials += [trial for sample in self.samples(ledger) for trial in self._possible(sample)]
+            trials += self.named(ledger)
             self._resumed = True
         self._warm_up(ledger)
         while True:
@@ -126,7 +137,7 @@ class CellSearch:
             return None
         reasons = Counter(sample.reason or str(sample.state) for sample in self.samples(ledger))
         listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(3))
-        return f"{_shown(self.cell)} has no row: none of {reasons.total()} suggestions finished ({listed})"
+        return f"{cell_text(self.cell)} has no row: none of {reasons.total()} suggestions finished ({listed})"
 
     def trials(self, sample: Sample) -> list[PlannedTrial]:
         """The trials of a suggestion, one for each seed that is set aside for searching.
@@ -195,6 +206,10 @@ class CellSearch:
                 return True
         return False
 
+    def _known_rows(self, ledger: Ledger) -> list[TrialRow]:
+        samples = self._loaded(ledger).samples
+        return [row for sample in samples for row in self._rows(ledger, sample) if row is not None]
+
     def _rows(self, ledger: Ledger, sample: Sample) -> list[TrialRow | None]:
         return [_row(ledger, key) for key in self.ids(sample)]
 
@@ -211,7 +226,7 @@ class CellSearch:
 
     def _keep(self, ledger: Ledger, event: Event) -> None:
         event = json.loads(json.dumps(dict(event), allow_nan=False))  # as it will be read again
-        ledger.append_event(self.study, event)
+        Room(ledger.path.parent).wait_for(lambda: ledger.append_event(self.study, event))
         self._loaded(ledger).apply(event)
 
 
@@ -263,7 +278,3 @@ def _study_name(question: Question, cell: Mapping[str, Any], settings: Mapping[s
 
 def _canonical(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
-
-
-def _shown(cell: Mapping[str, Any]) -> str:
-    return "{" + ", ".join(f"{name}: {'null' if value is None else value}" for name, value in cell.items()) + "}"

@@ -1,16 +1,18 @@
-"""The content of plan.json once a sweep has run: the rows that the ledger has, and what its searches have found."""
+"""What becomes of a plan while it runs: trials that searches have named and will name, and the content of plan.json."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import TrialRow
-from orchestrator.plan import Plan, PlannedTrial
+from orchestrator.plan import Plan, PlannedTrial, plain_cell
 from orchestrator.search import SearchGrowth
 from orchestrator.search_cell import CellSearch
 from orchestrator.search_history import Sample
@@ -33,22 +35,55 @@ def plan_json(
     if plan.sweep.search is None:
         return {**content, "trials": cells}
     searches = SearchGrowth(plan, Path()).cells
+    by_cell: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for trial in cells:
+        by_cell[_canonical(trial["cell"])].append(trial)
     trials: list[dict[str, Any]] = []
     for search in searches:
-        found = [trial for trial in cells if _canonical(trial["cell"]) == _canonical(search.cell)]
-        trials += found or [_pending(trial) for trial in search.finals(_BASE)]
+        trials += by_cell[_canonical(search.cell)] or [_pending(trial) for trial in search.finals(_BASE)]
     suggestions = [entry for search in searches for entry in _suggestions(search, plan, ledger)]
     return {**content, "trials": trials, "search": suggestions}
 
 
-def expected(plan: Plan) -> list[PlannedTrial]:
-    """As many trials as the searches of `plan` will run, those of the chosen settings included, all with the cell's
-    base settings: what an estimate of the cost is made of. Without a search, the plan's own trials.
+@dataclass(frozen=True)
+class Progress:
+    """How far the trials of a plan are known: those that are named, and one with its cell's base settings in the place
+    of each that a search will still name. `again` are ids of suggestions that failed and will be run again.
     """
+
+    named: list[PlannedTrial]
+    to_come: list[PlannedTrial]
+    again: set[str]
+
+
+def progress(plan: Plan, ledger: Ledger | None) -> Progress:
+    """What the searches of `plan` have named by the ledger (None: nothing) and will; without a search, its trials."""
     if plan.sweep.search is None:
-        return list(plan.trials)
-    cells = SearchGrowth(plan, Path()).cells
-    return [trial for cell in cells for trial in [*cell.trials(_BASE) * cell.limit, *cell.finals(_BASE)]]
+        return Progress(list(plan.trials), [], set())
+    named: dict[str, PlannedTrial] = {}  # equal suggestions are one trial
+    to_come: list[PlannedTrial] = []
+    again: set[str] = set()
+    for cell in SearchGrowth(plan, Path()).cells:
+        if ledger is None:
+            to_come += [*cell.trials(_BASE) * cell.limit, *cell.finals(_BASE)]
+            continue
+        to_come += cell.trials(_BASE) * (cell.limit - len(cell.samples(ledger)))
+        named |= {trial.trial_id: trial for trial in cell.named(ledger)}
+        in_vain = cell.failed_in_vain(ledger)
+        again |= set(in_vain)
+        if (chosen := cell.chosen(ledger)) is not None:
+            named |= {trial.trial_id: trial for trial in cell.finals(chosen)}
+        elif in_vain or not cell.is_told(ledger):
+            to_come += cell.finals(_BASE)
+    return Progress(list(named.values()), to_come, again)
+
+
+def expected(plan: Plan) -> list[PlannedTrial]:
+    """As many trials as the searches of `plan` run altogether, those of the chosen settings included, all with the
+    cell's base settings: what an estimate of the cost is made of. Without a search, the plan's own trials.
+    """
+    whole = progress(plan, None)
+    return whole.named + whole.to_come
 
 
 def _entry(row: TrialRow) -> dict[str, Any]:
@@ -60,7 +95,7 @@ def _pending(trial: PlannedTrial) -> dict[str, Any]:
     return {
         "trial_id": f"{PENDING}{key}-{trial.seed}",
         "name": trial.name,
-        "cell": _plain(trial.cell),
+        "cell": plain_cell(trial.cell),
         "seed": trial.seed,
     }
 
@@ -71,7 +106,7 @@ def _suggestions(search: CellSearch, plan: Plan, ledger: Ledger) -> list[dict[st
     chosen, front = search.chosen(ledger), search.front(ledger)
     return [
         {
-            "cell": _plain(search.cell),
+            "cell": plain_cell(search.cell),
             "number": sample.number,
             "params": sample.params,
             "state": sample.state or "open",
@@ -87,10 +122,6 @@ def _suggestions(search: CellSearch, plan: Plan, ledger: Ledger) -> list[dict[st
 
 def _values(sample: Sample, metrics: Sequence[str]) -> dict[str, float] | None:
     return None if sample.values is None else dict(zip(metrics, sample.values, strict=True))
-
-
-def _plain(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in cell.items()}
 
 
 def _canonical(cell: Mapping[str, Any]) -> str:

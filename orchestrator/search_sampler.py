@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 import warnings
@@ -41,9 +42,14 @@ def _of_grid(search: Search, space: Space, number: int) -> Params | None:
     """The grid in a random order, so that any first part of it covers the space; the same one in every cell."""
     if number >= len(space.grid):
         return None
-    order = list(range(len(space.grid)))
-    random.Random(search.seed).shuffle(order)
-    return space.grid[order[number]]
+    return space.grid[_order(len(space.grid), search.seed)[number]]
+
+
+@functools.lru_cache(maxsize=1)
+def _order(count: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _sampler(search: Search, space: Space, seed: int) -> BaseSampler:
@@ -59,11 +65,12 @@ def _sampler(search: Search, space: Space, seed: int) -> BaseSampler:
             seed=seed,
             multivariate=len(search.metric) == 1 or space.conditional,  # as Optuna decides by itself without `group`
             group=space.conditional,
+            constant_liar=search.parallel > 1,  # those that run count as bad, so that the next ones lie elsewhere
         )
 
 
 def _study(search: Search, space: Space, history: History, sampler: BaseSampler) -> Study:
-    """An Optuna study in memory with all that is known; its trials are in the order in which they were asked."""
+    """An Optuna study in memory with all that its sampler learns from, in the order in which it was asked."""
     import optuna
     from optuna.study import StudyDirection
 
@@ -74,7 +81,8 @@ def _study(search: Search, space: Space, history: History, sampler: BaseSampler)
         directions = [names[mode] for mode in search.modes]
         study = optuna.create_study(directions=directions, sampler=sampler)
         single = len(search.metric) == 1
-        study.add_trials([_frozen(sample, space, single) for sample in (*(history.warm or ()), *history.samples)])
+        known = () if search.name == "random" else (*(history.warm or ()), *history.samples)
+        study.add_trials([_frozen(sample, space, single) for sample in known])
     finally:
         optuna.logging.set_verbosity(before)
     return study

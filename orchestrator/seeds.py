@@ -51,6 +51,7 @@ class _Cell:
     values: Values
     block: dict[int, TrialRow] = field(default_factory=dict)  # by seed
     seeds: int | None = None
+    further: dict[int, PlannedTrial] = field(default_factory=dict)  # by seed, made once
 
 
 class SeedGrowth:
@@ -90,11 +91,6 @@ class SeedGrowth:
             if len(block) == 2 * self._more.first and all(states.get(row.trial_id) in OVER for row in block):
                 self._decide(ledger, key, cell, baseline)
         return self._new_pairs(ledger, states)
-
-    def is_over(self, ledger: Ledger) -> bool:
-        """As `Growth.is_over`, of the cells that the ledger has by now."""
-        self._learn(ledger, ledger.states("cell"))
-        return not self._undecided()
 
     def left_out(self) -> str | None:
         """What the budget of trials left undone, as a sentence; None where nothing."""
@@ -172,13 +168,17 @@ class SeedGrowth:
 
     def _trial(self, cell: _Cell, seed: int) -> PlannedTrial:
         """The cell with another seed, named as its first trial is."""
+        if seed in cell.further:
+            return cell.further[seed]
         row = next(iter(cell.block.values()))
         like = self._configs.get(row.trial_id) or TrialConfig.model_validate(row.config)
         config = like.model_copy(update={"seed": seed})
         key = trial_id(config)
         begin, _, distinct = row.name.rpartition(f"seed{row.seed}")
         name = f"{begin}seed{seed} {key[:8]}" if distinct else f"{begin}seed{seed}"
-        return PlannedTrial(key, name, dict(row.cell), seed, config, self._sweep.resources_of(config.model.size))
+        resources = self._sweep.resources_of(config.model.size)
+        cell.further[seed] = PlannedTrial(key, name, dict(row.cell), seed, config, resources)
+        return cell.further[seed]
 
 
 def baseline_of(cell: Values, everything: Sequence[Values], baseline: Values) -> Values | None:

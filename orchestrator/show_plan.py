@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from orchestrator import plan as plans
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, LedgerError, TrialRow
 from orchestrator.ledger_schema import STATES
-from orchestrator.plan import Plan, PlannedTrial
+from orchestrator.plan import Plan, PlannedTrial, plain_cell
+from orchestrator.search_plan import Progress, expected, progress
 from orchestrator.seed_noise import Noise, kind, noise
 from orchestrator.sweep import Sweep
 
@@ -49,8 +50,9 @@ class _Facts:
     """All that is known of a plan before anything runs."""
 
     plan: Plan
+    known: Progress
     states: dict[str, str]
-    origins: dict[str, str]  # of every trial of the plan, a key of _ORIGINS
+    origins: dict[str, str]  # of every trial that is named, a key of _ORIGINS
     removed: int
     whole: estimate.Cost
     to_run: estimate.Cost
@@ -88,63 +90,57 @@ def _measure(planned: Plan, asked: Asked) -> None:
 
     from orchestrator import dry_steps
 
-    wanted = dry_steps.shapes(_expected(planned))
+    wanted = dry_steps.shapes(expected(planned))
     for number, trial in enumerate(wanted, 1):
         print(f"dry steps {number} of {len(wanted)}: {trial.name}", file=sys.stderr, flush=True)
         measured.keep(asked.state, [dry_steps.measure(trial, asked.state.resolve())])
 
 
-def _expected(planned: Plan) -> list[PlannedTrial]:
-    """All trials that will run, those of searches included."""
-    if planned.sweep.search is None:
-        return list(planned.trials)
-    from orchestrator.search_plan import expected
-
-    return expected(planned)
-
-
 def _facts(planned: Plan, layout: SweepLayout, asked: Asked) -> _Facts:
-    rows = _rows(layout)
+    rows, known = _so_far(planned, layout)
     states = {row.trial_id: str(row.state) for row in rows}
-    origins = _origins(planned, states, layout)
+    origins = _origins(known, states, layout)
     others = _other_ledgers(layout)
     own = [(layout.name, layout.ledger)] if layout.ledger.is_file() else []
     samples, unread = measured.samples_of_ledgers([*own, *others])
     samples += measured.read(layout.state)
-    trials, notes = plan_needs.settle(_expected(planned), samples)
-    done = {trial_id for trial_id, origin in origins.items() if origin in ("adopted", "reused")}
-    waiting = [trial for trial in trials if trial.trial_id not in done]
+    trials, notes = plan_needs.settle([*known.named, *known.to_come], samples)
+    named, to_come = trials[: len(known.named)], trials[len(known.named) :]
+    waiting = [trial for trial in named if origins[trial.trial_id] not in ("adopted", "reused")] + to_come
     prices = [measured.price(trial, samples) for trial in waiting]
-    known = [price for price in prices if price is not None]
+    priced = [price for price in prices if price is not None]
     at_a_time = asked.max_concurrent or plan_needs.at_a_time(waiting)
     disk = plan_needs.disk(waiting, layout, rows)
     before, unreadable = _as_run(layout) if asked.difference else (None, [])
     notes += [*planned.notes, *plan_needs.of_seeds(planned), *starting_points.absent(planned.trials, layout.storage)]
     notes += [*disk.warnings(), *unread, *unreadable]
+    cells = [plain_cell(cell) for cell in planned.cells]
     return _Facts(
         plan=planned,
+        known=known,
         states=states,
         origins=origins,
-        removed=sum(row.trial_id not in origins and not _grown(planned, row) for row in rows),
+        removed=sum(row.trial_id not in origins and not _grown(planned.sweep, row, cells) for row in rows),
         whole=estimate.estimate(trials, [measured.price(trial, samples) for trial in trials]),
         to_run=estimate.estimate(waiting, prices),
         at_a_time=at_a_time,
-        wall_seconds=estimate.wall_seconds(known, at_a_time),
-        bases=dict(Counter(price.basis for price in known).most_common()),
+        wall_seconds=estimate.wall_seconds(priced, at_a_time),
+        bases=dict(Counter(price.basis for price in priced).most_common()),
         disk=disk,
         memory=plan_needs.memory(trials, samples, asked.gpu_memory),
-        noise=_noise(planned, layout.name, [*own, *others]),
+        noise=_noise(planned.sweep, trials, [*own, *others]),
         changed=[] if before is None else plan_changes.changes(before, planned.sweep),
         replaced=plan_changes.replaced(planned, rows) if asked.difference else {},
         notes=notes,
     )
 
 
-def _rows(layout: SweepLayout) -> list[TrialRow]:
+def _so_far(planned: Plan, layout: SweepLayout) -> tuple[list[TrialRow], Progress]:
+    """What the ledger has of the sweep, and which of its trials are named by now."""
     if not layout.ledger.is_file():
-        return []
+        return [], progress(planned, None)
     with Ledger.open(layout.ledger, writer=False) as ledger:
-        return ledger.rows()
+        return ledger.rows(), progress(planned, ledger)
 
 
 def _other_ledgers(layout: SweepLayout) -> list[tuple[str, Path]]:
@@ -157,12 +153,12 @@ def _other_ledgers(layout: SweepLayout) -> list[tuple[str, Path]]:
     return [(place.name, place.ledger) for place in found[:_MOST_LEDGERS]]
 
 
-def _origins(planned: Plan, states: dict[str, str], layout: SweepLayout) -> dict[str, str]:
-    """Where the result of each planned trial comes from, or will."""
-    unknown = {trial.trial_id for trial in planned.trials if states.get(trial.trial_id, "planned") == "planned"}
+def _origins(known: Progress, states: dict[str, str], layout: SweepLayout) -> dict[str, str]:
+    """Where the result of each named trial comes from, or will. A failed suggestion is one that its search counts."""
+    unknown = {trial.trial_id for trial in known.named if states.get(trial.trial_id, "planned") == "planned"}
     adopted = plan_needs.published(unknown, layout)
     origins = {}
-    for trial in planned.trials:
+    for trial in known.named:
         state = states.get(trial.trial_id)
         if trial.trial_id in adopted:
             origin = "adopted"
@@ -171,36 +167,33 @@ def _origins(planned: Plan, states: dict[str, str], layout: SweepLayout) -> dict
         elif state in ("planned", "running"):
             origin = "unfinished"
         else:
-            origin = "again" if state == "failed" else "reused"
+            again = state == "failed" and (trial.role == "cell" or trial.trial_id in known.again)
+            origin = "again" if again else "reused"
         origins[trial.trial_id] = origin
     return origins
 
 
-def _grown(planned: Plan, row: TrialRow) -> bool:
-    """Whether a trial that the file does not list follows from results: of a search, or of more seeds."""
-    more = planned.sweep.more_seeds
+def _grown(sweep: Sweep, row: TrialRow, cells: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a trial that the file does not list follows from results, by a search or more seeds in `cells`."""
+    more = sweep.more_seeds
     by_seeds = more is not None and more.first <= row.seed < more.most
-    return (by_seeds or planned.sweep.search is not None) and row.cell in [_plain(cell) for cell in planned.cells]
+    return (by_seeds or sweep.search is not None) and row.cell in cells
 
 
-def _plain(cell: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(cell))
-
-
-def _noise(planned: Plan, name: str, ledgers: Sequence[tuple[str, Path]]) -> list[Noise]:
+def _noise(sweep: Sweep, trials: Sequence[PlannedTrial], ledgers: Sequence[tuple[str, Path]]) -> list[Noise]:
     """Of each primary metric, from this sweep's trials, else from the newest sweep with trials of the same kind."""
-    sweep = planned.sweep
     wanted = list(sweep.primary)
     if sweep.more_seeds is not None and sweep.more_seeds.until.metric not in wanted:
         wanted.append(sweep.more_seeds.until.metric)
     baseline = sweep.model_dump(mode="json")["baseline"]
-    like = [kind(trial.config.model_dump(mode="json")) for trial in planned.trials[:: max(1, len(sweep.seeds))]]
+    configs = {(c.method, c.model.size, c.data.train): c for c in (trial.config for trial in trials)}
+    like = [kind(config.model_dump(mode="json")) for config in configs.values()]
     found: dict[str, Noise] = {}
     for sweep_name, path in ledgers:
         missing = [metric for metric in wanted if metric not in found]
         if not missing:
             break
-        own = sweep_name == name
+        own = sweep_name == sweep.name
         try:
             with Ledger.open(path, writer=False) as ledger:
                 new = noise(ledger, missing, baseline if own else None, () if own else like)
@@ -224,12 +217,12 @@ def _lines(facts: _Facts, asked: Asked) -> list[str]:
     sweep, planned = facts.plan.sweep, facts.plan
     lines = [f"{sweep.name}: {sweep.question}"]
     searching = "" if sweep.search is None else ", those of the search included"
-    count = len(_expected(planned))
-    lines.append(f"{count} trials in {len(planned.cells)} cells, seeds {list(sweep.seeds)}{searching}")
+    lines.append(f"{facts.whole.trials} trials in {len(planned.cells)} cells, seeds {list(sweep.seeds)}{searching}")
     for origin, title in _ORIGINS.items():
-        those = [trial for trial in planned.trials if facts.origins[trial.trial_id] == origin]
-        if those or origin in ("new", "unfinished", "reused"):
-            lines.append(f"{title}: {len(those)}{_states(those, facts.states)}")
+        those = [trial for trial in facts.known.named if facts.origins[trial.trial_id] == origin]
+        count = len(those) + (len(facts.known.to_come) if origin == "new" else 0)
+        if count or origin in ("new", "unfinished", "reused"):
+            lines.append(f"{title}: {count}{_states(those, facts.states)}")
         if asked.difference and origin != "reused":
             lines += [f"  {trial.trial_id} {trial.name}{_instead(trial, facts.replaced)}" for trial in those]
     lines.append(f"no longer planned: {facts.removed}")

@@ -51,8 +51,9 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
     spec_combinations.check_primary(draft, configs)
     if more_seeds is not None:
         spec_combinations.check_more_seeds(draft, more_seeds, configs)
-    spec_search.check_search(draft, parts, simple.model_copy(update={"more_seeds": more_seeds}), configs, resources)
     effective = _effective_name(draft, simple.name, name)
+    known = simple.model_copy(update={"name": effective, "more_seeds": more_seeds})
+    spec_search.check_search(draft, parts, known, configs, resources)
     if draft.problems:
         raise SpecError(draft.problems)
     return Sweep(

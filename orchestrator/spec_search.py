@@ -20,6 +20,7 @@ from trainers.config import TrialConfig, is_setting, resolve
 from trainers.explain import ConfigError, shown
 
 MAX_RESOLVED = 1_000  # suggestions that are tried in cells, about 1 ms each; of more cells an even choice is taken
+MAX_GRID = 100_000  # suggestions of a grid of which `samples` are taken: all are listed and put into a random order
 
 _SPACE: Path = ("search", "space")
 
@@ -181,7 +182,11 @@ def _check_conditions(draft: Draft, ranges: Mapping[str, Range]) -> None:
 def _check_size(draft: Draft, search: Search, space: Space, sweep: Sweep, num_cells: int) -> None:
     samples = search.samples or MAX_SAMPLES
     if search.name == "grid":
-        size = space.size(MAX_SAMPLES)
+        size = space.size(MAX_GRID)
+        if size > MAX_GRID:
+            message = f"search.space has more than {MAX_GRID:,} suggestions, which a grid lists; use random"
+            draft.report(_SPACE, message)
+            return
         if search.samples is None and size > MAX_SAMPLES:
             draft.report(_SPACE, f"search.space has more than {MAX_SAMPLES:,} suggestions; give search.samples")
             return

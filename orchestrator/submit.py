@@ -19,8 +19,6 @@ from orchestrator.ray_token import use_ray_token
 from orchestrator.remote import checked, is_remote
 from orchestrator.tracking_records import check_tracking_uri, redact
 
-SERVER = "http://127.0.0.1:8265"
-STATE_ON_CLUSTER = "/tmp/orchestrate"  # on a local disk of the machine that runs the job
 STOP_SECONDS = 40  # for trials to checkpoint when the job is stopped; Ray's own default is 3
 _FOLLOW_AGAIN_SECONDS = 2.0
 _READY_SECONDS = 60.0  # for a head to take jobs after it was started
@@ -45,8 +43,8 @@ class Submission:
 
     file: Path
     storage: str  # a folder that all machines of the cluster share, or a URI
-    address: str = SERVER
-    state: str = STATE_ON_CLUSTER
+    address: str  # of the cluster's job server
+    state: str  # on a local disk of the machine that runs the job
     tracking_uri: str | None = None
     overrides: Sequence[str] = ()
     name: str | None = None
@@ -202,13 +200,15 @@ def _follow(client: Any, job: str) -> int:
     """
     import asyncio
 
+    from aiohttp import ClientError  # of a server that goes while it is asked, some are no OSError
+
     log = _Log(client, job)
     heard = time.monotonic()
     while True:
         try:
             asyncio.run(log.print_on())
             info = client.get_job_info(job)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ClientError) as error:
             if time.monotonic() - heard > _LOST_SECONDS:
                 raise ValueError(f"the server of job {job} does not answer any more: {error}") from error
         else:

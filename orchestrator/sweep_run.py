@@ -9,7 +9,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from orchestrator import (
     data_sets,
@@ -27,7 +27,7 @@ from orchestrator.attempt import Job, is_disk_full
 from orchestrator.budget import Budget
 from orchestrator.control import PRUNED, Control
 from orchestrator.delivery import Delivery
-from orchestrator.dispatch import Dispatch, Handler
+from orchestrator.dispatch import Dispatch
 from orchestrator.early import EarlyStopping, steps_of
 from orchestrator.growth import Growth
 from orchestrator.jobs import job_of
@@ -35,11 +35,11 @@ from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State, TrialRow
 from orchestrator.plan import Plan, PlannedTrial
 from orchestrator.progress import Screen
-from orchestrator.queue import Queue
+from orchestrator.queue import Handler, Queue
 from orchestrator.recorder import Recorder
 from orchestrator.remote_delivery import RemoteDelivery
 from orchestrator.remote_sweep import Keeper
-from orchestrator.room import when_there_is_room
+from orchestrator.room import Room
 from orchestrator.run_options import Interrupted, Options, Stop, signals
 from orchestrator.run_request import Request, clip
 from orchestrator.search import SearchGrowth
@@ -47,8 +47,6 @@ from orchestrator.search_plan import expected, plan_json
 from orchestrator.seeds import SeedGrowth
 from orchestrator.watch import Watch
 from trainers.files import write_whole
-
-_Given = TypeVar("_Given")
 
 DONE, SOME_FAILED = 0, 1
 LEAVE_SECONDS = 15.0  # after a signal, for trials to checkpoint
@@ -81,6 +79,7 @@ class SweepRun:
         self.seeds = None if asked.more_seeds is None else SeedGrowth(plan)
         growths: list[Growth] = [growth for growth in (self.search, self.seeds) if growth is not None]
         self.budget = Budget(asked.budget, ledger)
+        self.room = Room(layout.root, stop)
         self.keeper = keeper
         if keeper is None:
             self.delivery = Delivery(layout, ledger, leaving=stop)
@@ -100,7 +99,7 @@ class SweepRun:
         except (OSError, sqlite3.OperationalError) as error:
             if self.stop.signal is None or not is_disk_full(error):
                 raise
-            raise Interrupted from error
+            raise Interrupted(self.stop.signal) from error
 
     def _execute(self) -> int:
         options, layout = self.options, self.layout
@@ -111,10 +110,10 @@ class SweepRun:
             if pending:
                 with self.budget:
                     self._train(pending, sink.notify)
-            self._with_room(self.delivery.complete)
+            self.room.wait_for(self.delivery.complete)
             self._copy()
             self._flush(sink)
-            self._with_room(lambda: sink.publish_map(layout.mlflow_map))
+            self.room.wait_for(lambda: sink.publish_map(layout.mlflow_map))
             if self.stop.signal is not None:
                 self.screen.say("interrupted; the same command (without --rerun) goes on from the checkpoints")
                 return 128 + self.stop.signal
@@ -122,10 +121,6 @@ class SweepRun:
             self._copy()
         self.screen.where(layout, options.tracking_uri)
         return code
-
-    def _with_room(self, act: Callable[[], _Given]) -> _Given:
-        """What `act` returns, which waits while the disk is full."""
-        return when_there_is_room(act, self.layout.root, self.stop)
 
     def _copy(self) -> None:
         """Bring the copy of ledger, plan, tables and report in remote storage up to date."""
@@ -235,7 +230,6 @@ class SweepRun:
         key = str(self.layout.storage) if remote is None else remote.partition("?")[0]
         sink = Sink(self.ledger, uri, self.asked.name, key, state=self.layout.state, description=self.asked.question)
         sink.start()
-        lacking = 0
         try:
             yield sink
         finally:
@@ -274,7 +268,9 @@ class SweepRun:
             record.handle(trial_id, event)
             if event["kind"] != "report":
                 return
-            row = rows.setdefault(trial_id, self.ledger.row(trial_id))
+            if trial_id not in rows:
+                rows[trial_id] = self.ledger.row(trial_id)
+            row = rows[trial_id]
             if early.report(trial_id, row.cell, row.role, steps_of(row.config), event["step"], event["metrics"]):
                 control.ask(trial_id, PRUNED)
 
@@ -312,15 +308,16 @@ class SweepRun:
         """Tables, figures and report; the exit code."""
         from analysis.run import analyse
 
-        self._with_room(self._write_plan)
-        analysis = self._with_room(lambda: analyse(self.layout.root))
+        self.room.wait_for(self._write_plan)
+        analysis = self.room.wait_for(lambda: analyse(self.layout.root))
         made = (self.layout.tables, self.layout.figures, self.layout.report)
         sink.log_artifacts([path for path in made if path.exists()])
         self.screen.table(analysis.terminal)
         for line in (analysis.answer, *(f"note: {problem}" for problem in analysis.problems)):
             self.screen.say(line)
         rows = self.ledger.rows()
-        for line in failures(rows, self.asked.name):
+        mute = self._mute(rows)
+        for line in (*failures(rows, self.asked.name), *left_early(rows), *mute):
             self.screen.say(line)
         left = self.budget.left_out(sum(row.state == "planned" for row in rows))
         barren = [] if self.search is None else self.search.barren(self.ledger)
@@ -328,7 +325,28 @@ class SweepRun:
         for line in filter(None, [*barren, self.queue.closed, left, lacking]):
             self.screen.say(line)
         over = lacking is None and (self.search is None or (self.search.is_over(self.ledger) and not barren))
-        return DONE if over and all(row.state == "finished" for row in rows if row.role == "cell") else SOME_FAILED
+        done = all(row.state in ("finished", "pruned") for row in rows if row.role == "cell")
+        return DONE if over and done and not mute else SOME_FAILED
+
+    def _mute(self, rows: Sequence[TrialRow]) -> list[str]:
+        """A line for each primary metric that finished trials never reported, which programs may misspell."""
+        finished = [row.trial_id for row in rows if row.state == "finished" and row.role == "cell"]
+        lines = []
+        for metric in self.asked.primary:
+            have = self.ledger.reported(metric)
+            if lacking := [trial_id for trial_id in finished if trial_id not in have]:
+                lines.append(
+                    f"{len(lacking)} of {len(finished)} finished trials never reported {metric}; what was left out of "
+                    f"their reports is in their logs, as in: orchestrate logs {lacking[0]}"
+                )
+        return lines
+
+
+def left_early(rows: Sequence[TrialRow]) -> list[str]:
+    """Lines for trials that ended before their last step, as they were told to."""
+    states = Counter[str](row.state for row in rows)
+    said = {"pruned": "pruned by the rule of early stopping", "stopped": "stopped on request; --rerun runs all again"}
+    return [f"{states[state]} of {len(rows)} trials {what}" for state, what in said.items() if states[state]]
 
 
 def failures(rows: Sequence[TrialRow], sweep: str) -> list[str]:

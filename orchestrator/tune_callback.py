@@ -6,6 +6,7 @@ being the truth: what these hold stays in the driver, and their copies hold noth
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,8 @@ from ray.tune.search import Searcher
 
 from orchestrator.queue import Source
 from orchestrator.retry import is_of_node
+
+log = logging.getLogger(__name__)
 
 
 class Draws(Searcher):
@@ -71,6 +74,7 @@ class Events(Callback):
     ) -> None:
         """`begun` is called once Tune has set itself up, before its first trial."""
         self._handle, self._over, self._begun = handle, over, begun
+        self._guards: set[str] = set()  # Tune's ids of trials that hold a device that is left out, and nothing else
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Events, ()
@@ -82,14 +86,29 @@ class Events(Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         """Events of an attempt, whose outcome is the last."""
         for event in result.get("events", ()):
-            self._handle(result["trial"], event)
+            if event["kind"] == "left_out":
+                log.warning("%s has failed twice; this sweep leaves it out", event["device"])
+                self._guards.add(trial.trial_id)
+                self._over(result["trial"])
+            else:
+                self._handle(result["trial"], event)
+
+    def has_guards(self) -> bool:
+        """Whether places in the cluster are held only so that nothing runs on a device that is left out."""
+        return bool(self._guards)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """The trial has said its last."""
-        self._over(trial.config["trial"])
+        if trial.trial_id in self._guards:
+            self._guards.discard(trial.trial_id)
+        else:
+            self._over(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """The thin trial's own process is gone, with its node perhaps."""
+        if trial.trial_id in self._guards:
+            self._guards.discard(trial.trial_id)
+            return
         reason = _reason(trial)
         event = {"kind": "process_lost", "reason": reason[-4000:], "node": is_of_node(reason)}
         self._handle(trial.config["trial"], event)

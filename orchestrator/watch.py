@@ -61,12 +61,12 @@ class Watch:
         for trial_id in self._queue.flying:
             if self._layout.trial(trial_id).stop_request.exists():
                 self._control.ask(trial_id, STOPPED)
-        self._read_settings()
         reason = self._spent()
         if reason is not None and self._queue.closed is None:
             self._queue.closed = reason
             self._say(reason)
             self._control.ask(None, INTERRUPTED)
+        self._read_settings()  # last: what cannot be read there hides nothing else
 
     def _read_settings(self) -> None:
         """The number of trials at a time that `orchestrate set` asked for, if it did."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 import subprocess
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -34,14 +35,14 @@ def pack(folder: Path, archive: Path) -> list[Path]:
             entry = zipfile.ZipInfo(path.as_posix(), _FIXED_TIME)
             entry.external_attr = (folder / path).stat().st_mode << 16
             entry.compress_type = zipfile.ZIP_DEFLATED
-            target.writestr(entry, (folder / path).read_bytes())
-    size = archive.stat().st_size
-    if size > MAX_BYTES:
-        raise ValueError(
-            f"the working tree {folder} has {size / 2**20:.0f} MiB packed, and at most {MAX_BYTES // 2**20} MiB can be "
-            f"sent; the largest files are {_largest(folder, files)}; leave out by .gitignore what the job does not "
-            "need, or start from another folder"
-        )
+            with (folder / path).open("rb") as source, target.open(entry, "w", force_zip64=True) as packed:
+                shutil.copyfileobj(source, packed)
+            if archive.stat().st_size > MAX_BYTES:  # said before a data set that lies here is read to its end
+                raise ValueError(
+                    f"the working tree {folder} has more than the {MAX_BYTES // 2**20} MiB that can be sent packed; "
+                    f"the largest files are {_largest(folder, files)}; leave out by .gitignore what the job does not "
+                    "need, or start from another folder"
+                )
     return files
 
 

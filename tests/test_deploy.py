@@ -186,7 +186,8 @@ FAKES = {
     "scontrol": RECORD + '[ "$1" != show ] || printf "n1\\nn2\\nn3\\n"\n',
     "python": RECORD,
     "orchestrate": RECORD
-    + 'trap "exit 138" USR1\ntrap "exit 143" TERM\nsleep "${WORK:-0}" >/dev/null 2>&1 & wait $!\nexit "${CODE:-0}"\n',
+    + "leave() { sleep 0.5; echo left >> $CALLS; exit $1; }\n"  # once its trials have checkpointed
+    + 'trap "leave 138" USR1\ntrap "leave 143" TERM\nsleep "${WORK:-0}" >/dev/null 2>&1 & wait $!\nexit "${CODE:-0}"\n',
 }
 
 
@@ -248,7 +249,9 @@ def test_slurms_warning_reaches_the_sweep_and_the_job_is_queued_again(number: si
     script.send_signal(number)
     output, _ = script.communicate(timeout=60)
     assert script.returncode == 128 + number, output
-    assert "scontrol requeue 7" in calls(tmp_path)
+    made = calls(tmp_path)
+    assert made.index("left") < made.index("scontrol requeue 7")
+    assert made.index("left") < min(made.index(call) for call in made if call.startswith("ended"))
 
 
 def test_a_sweep_that_failed_is_not_queued_again(tmp_path: Path) -> None:

@@ -8,12 +8,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _NAME = re.compile(r"^step_(\d{9})\.pt$")
+CHECKSUM = ".sha256"  # ends the name of the file that has one's SHA-256
 DAMAGED = ".damaged"  # ends the name of one that was set aside
 
 
 def name_of(step: int) -> str:
     """File name of the checkpoint of a step."""
     return f"step_{step:09d}.pt"
+
+
+def is_name(name: str) -> bool:
+    """Whether a file of this name is a checkpoint."""
+    return _NAME.match(name) is not None
 
 
 def step_of(path: Path) -> int:
@@ -23,7 +29,7 @@ def step_of(path: Path) -> int:
 
 def checksum_path(path: Path) -> Path:
     """Where the SHA-256 of a checkpoint stands, in sha256sum's format."""
-    return path.with_name(path.name + ".sha256")
+    return path.with_name(path.name + CHECKSUM)
 
 
 def is_whole(path: Path, payload: bytes) -> bool:
@@ -53,7 +59,7 @@ def set_aside(path: Path) -> None:
 def by_step(directories: Iterable[Path]) -> list[Path]:
     """Checkpoint files, damaged ones too, of all directories, newest step first."""
     found = [path for directory in directories if directory.is_dir() for path in directory.iterdir()]
-    return sorted((path for path in found if _NAME.match(path.name)), key=lambda path: path.name, reverse=True)
+    return sorted((path for path in found if is_name(path.name)), key=lambda path: path.name, reverse=True)
 
 
 def _expected(path: Path) -> str | None:

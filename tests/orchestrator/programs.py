@@ -26,7 +26,10 @@ class Trial:
         self.reports: Reports = []
 
     def run(
-        self, asked: Callable[[], str | None] = lambda: None, on_report: Callable[[int], None] = lambda _step: None
+        self,
+        asked: Callable[[], str | None] = lambda: None,
+        on_report: Callable[[int], None] = lambda _step: None,
+        ranks: int = 1,
     ) -> Outcome:
         """One attempt, with the reason to leave that `asked` gives."""
         job = Job(
@@ -36,6 +39,7 @@ class Trial:
             folder=str(self.layout.root),
             cache="unused",
             threads=3,
+            ranks=ranks,
             train="orchestrator.program:run",
         )
         self.number = self.layout.begin_attempt()

@@ -97,6 +97,13 @@ def test_records_and_logs_stay_and_nothing_is_run_again(small: Small) -> None:
     assert {path: path.read_bytes() for path in published} == published
 
 
+def test_a_record_that_was_not_published_yet_stays_with_its_attempt(small: Small) -> None:
+    trial = layout_of(small).trial(rows_of(small)[0].trial_id)
+    (trial.root / "token_norms.parquet").unlink()
+    clean.clean(options(small))
+    assert [path.name for path in trial.attempt(1).glob("*.parquet")] == ["token_norms.parquet"]
+
+
 def test_trials_of_another_status_or_that_are_too_young_stay(small: Small) -> None:
     clean.clean(options(small, keep="none", statuses=("failed",)))
     assert steps(small) == [12, 6]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.ledger import Ledger
 from tests.orchestrator.sweeps import ORCHESTRATE, Small, environment, imported_by, run
 
 
@@ -66,6 +67,25 @@ def test_storage_may_come_from_a_configuration_file_and_the_environment_wins(tmp
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
     assert done.returncode == 2
     assert "storag is not allowed" in done.stderr
+
+
+def test_a_ledger_that_is_damaged_inside_is_exit_2_without_a_traceback(tmp_path: Path) -> None:
+    ledger = tmp_path / "mine" / "ledger.db"
+    with Ledger.open(ledger):
+        (tmp_path / "mine" / "plan.json").write_text("{}")
+    content = ledger.read_bytes()
+    ledger.write_bytes(content[:4096] + b"\x5a" * (len(content) - 4096))
+    done = run([*ORCHESTRATE, "status", "mine", "--storage", str(tmp_path)])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: a ledger cannot be read: ") and "orchestrate doctor" in done.stderr
+
+
+def test_results_are_not_imported_into_this_machines_copy_of_a_store(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,test/x\n1,0\n")
+    command = [*ORCHESTRATE, "import", str(tmp_path / "t.csv"), "--storage", "s3://bucket/x", "--state"]
+    done = run([*command, str(tmp_path / "state")])
+    assert done.returncode == 2 and "import works on folders" in done.stderr
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from orchestrator import doctor, import_results, rebuild
 from orchestrator.holder import Hold
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger, TrialRow
+from orchestrator.remote_sweep import DrivenElsewhere
 from tests.orchestrator.sweeps import ORCHESTRATE, Small, run
 
 
@@ -258,10 +259,11 @@ def test_damaged_checkpoints_are_set_aside(small: Small, capsys: pytest.CaptureF
 
 def test_what_a_killed_driver_left_is_removed(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
     left = [small.root / ".plan.json.4711.partial", trial_of(small).root / ".result.json.12.partial"]
-    left.append(trial_of(small).stop_request)
+    left += [trial_of(small).checkpoints / ".upload-x" / "step_000000012.pt", trial_of(small).stop_request]
     for path in left:
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
-    assert_found_and_mended(small, capsys, "leftovers", "leftovers", "leftovers")
+    assert_found_and_mended(small, capsys, *["leftovers"] * 4)
     assert not any(path.exists() for path in left)
 
 
@@ -279,6 +281,23 @@ def test_runs_of_mlflow_are_brought_in_line(small: Small, capsys: pytest.Capture
     database.close()
     assert_found_and_mended(small, capsys, "MLflow", "MLflow")
     assert small.mlflow_runs() == runs
+
+
+def test_a_sweep_that_another_machine_runs_is_said_and_hides_no_other(
+    small: Small, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Ledger.open(small.storage / "another" / "ledger.db"):
+        pass
+    checked: list[str] = []
+
+    def driven(layout: SweepLayout, *_: object) -> None:
+        checked.append(layout.name)
+        raise DrivenElsewhere("it is being run by process 1 on far")
+
+    monkeypatch.setattr(doctor, "_sweep", driven)
+    assert doctor.doctor(doctor.Options(None, small.storage, small.storage)) == doctor.FINDINGS_LEFT
+    assert checked == ["another", "small"]
+    assert capsys.readouterr().out.count("run by process 1 on far") == 2
 
 
 def test_a_sweep_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What doctor says of a machine: versions, disk, file systems, and processes that a dead driver left."""
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -23,6 +24,7 @@ MOUNTS = """\
 server:/home /home nfs4 rw 0 0
 /dev/vdb /home/me/local xfs rw 0 0
 bucket /mnt/a\\040bucket fuse.s3fs rw 0 0
+//server/share /mnt/früh cifs rw 0 0
 """
 
 
@@ -34,6 +36,7 @@ bucket /mnt/a\\040bucket fuse.s3fs rw 0 0
         ("/home/me/local/runs", "xfs"),
         ("/home/me/localized", "nfs4"),
         ("/mnt/a bucket/runs", "fuse.s3fs"),
+        ("/mnt/früh/runs", "cifs"),
     ],
 )
 def test_the_innermost_mount_says_the_kind_of_file_system(path: str, kind: str) -> None:
@@ -137,6 +140,16 @@ def test_a_process_that_got_the_number_later_or_is_no_actor_of_ours_stays(
     here, now = socket.gethostname(), time.time()
     with ledger_with_attempts(tmp_path, (later.pid, here, now - 60), (foreign.pid, here, now + 2)) as ledger:
         assert list(doctor_processes.check_processes(ledger)) == []
+
+
+def test_another_process_that_got_the_number_meanwhile_is_not_ended(
+    start: Callable[..., subprocess.Popen[bytes]],
+) -> None:
+    running = start("ray::ThinTrial")
+    process = doctor_processes.read_process(running.pid)
+    assert process is not None
+    doctor_processes.end(dataclasses.replace(process, started=process.started - 60), 0.1)
+    assert running.poll() is None
 
 
 def test_training_processes_without_their_node_are_only_named(start: Callable[..., subprocess.Popen[bytes]]) -> None:

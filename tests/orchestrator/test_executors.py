@@ -1,19 +1,23 @@
 """Attempts, retries, the recorder and the in-process executor, with real attempts of tiny functions; no torch."""
 
+import errno
 import json
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator import local, publish, recorder
+from orchestrator import local, publish, recorder, room
 from orchestrator.attempt import Job, Outcome, Report, failure, run_attempt
 from orchestrator.control import Control
+from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
@@ -192,6 +196,11 @@ def test_a_driver_that_leaves_makes_a_trial_resumable(driver: Driver) -> None:
     assert not driver.folder.result.exists()
 
 
+def test_a_driver_that_leaves_begins_nothing(driver: Driver) -> None:
+    source = SimpleNamespace(is_over=lambda: False, draw=lambda: pytest.fail("a job was drawn"))
+    local.run(source, driver.recorder.handle, driver.control, lambda: True)  # type: ignore[arg-type]
+
+
 def test_what_a_superseded_attempt_says_changes_nothing(driver: Driver) -> None:
     trial = driver.trial.trial_id
 
@@ -326,6 +335,100 @@ def test_an_attempt_with_a_hole_is_not_accepted(driver: Driver, caplog: pytest.L
     driver.recorder.handle(trial, {"kind": "ended", "attempt": 1, "outcome": Outcome("finished").to_json()})
     assert driver.row.state == "planned"
     assert "could not be recorded" in caplog.text
+
+
+def test_the_attempt_after_one_with_a_hole_is_accepted(driver: Driver) -> None:
+    trial, finished = driver.trial.trial_id, Outcome("finished").to_json()
+    for number, value in ((1, "not a number"), (2, 1.0)):
+        driver.folder.begin_attempt()
+        driver.recorder.handle(trial, {"kind": "started", "attempt": number, "process": "host:1"})
+        report = {"kind": "report", "attempt": number, "step": 1, "metrics": {"train/loss": value}}
+        driver.recorder.handle(trial, report)
+        driver.recorder.handle(trial, {"kind": "ended", "attempt": number, "outcome": finished})
+    assert (driver.row.state, driver.row.attempts) == ("finished", 2)
+    assert driver.recorder.live == {}, "the screen shows it no more"
+
+
+def test_a_process_that_is_lost_after_its_trial_has_ended_changes_nothing(driver: Driver) -> None:
+    driver.run("finishes")
+    for _ in range(3):
+        driver.recorder.handle(driver.trial.trial_id, {"kind": "process_lost", "reason": "killed"})
+    assert (driver.row.state, driver.row.attempts) == ("finished", 1)
+
+
+def test_nodes_that_are_lost_are_no_fault_of_a_trial_unless_it_takes_one_after_another(driver: Driver) -> None:
+    stalled = []
+    for _ in range(5):
+        driver.recorder.handle(driver.trial.trial_id, {"kind": "process_lost", "reason": "its node", "node": True})
+        stalled.append((driver.row.state, driver.row.stalled))
+    assert stalled == [*[("planned", 0)] * 3, ("planned", 1), ("failed", 1)]
+
+
+def test_an_event_waits_for_space_on_a_full_disk(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(room, "_TRY_SECONDS", 0.0)
+    trial, full = driver.trial.trial_id, [True] * 3
+    start = driver.ledger.start_attempt
+
+    def start_when_there_is_room(*arguments: Any) -> None:
+        if full:
+            full.pop()
+            raise sqlite3.OperationalError("database or disk is full")
+        start(*arguments)
+
+    monkeypatch.setattr(driver.ledger, "start_attempt", start_when_there_is_room)
+    driver.recorder.handle(trial, {"kind": "started", "attempt": 1, "process": "host:1"})
+    assert driver.row.state == "running"
+    assert caplog.text.count("the sweep waits for space") == 1, "said once a minute"
+
+
+def test_a_full_disk_is_told_from_other_errors_also_behind_them() -> None:
+    for error in (OSError(errno.ENOSPC, "no"), OSError(errno.EDQUOT, "no"), sqlite3.OperationalError("disk is full")):
+        assert failure(error).disk_full
+        try:
+            raise RuntimeError("a checkpoint could not be written") from error
+        except RuntimeError as behind:
+            assert failure(behind).disk_full
+    assert not failure(OSError(errno.EIO, "no")).disk_full
+
+
+def test_who_leaves_waits_for_no_space(tmp_path: Path) -> None:
+    def fill() -> None:
+        raise OSError(errno.ENOSPC, "no")
+
+    with pytest.raises(OSError, match="no"):
+        room.Room(tmp_path, leaving=lambda: True).wait_for(fill)
+
+
+def test_a_trial_that_could_not_be_published_is_tried_again_at_the_end(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    driver.recorder = Recorder(driver.ledger, driver.layout, PROVENANCE, lambda _trial_id: 0.0, lambda _trial_id: None)
+    driver.run("finishes")
+    whole, broken = publish.trial, [True]
+
+    def breaks_once(*arguments: Any) -> None:
+        time.sleep(0.05)  # so that `complete` has something to wait for
+        if broken:
+            broken.pop()
+            raise OSError("the disk was away")
+        whole(*arguments)
+
+    monkeypatch.setattr(publish, "trial", breaks_once)
+    with Delivery(driver.layout, driver.ledger) as delivery:
+        delivery.begin(driver.trial.trial_id)
+        delivery.complete()
+    assert broken == [] and driver.folder.result.is_file()
+    assert "is tried again at the end" in caplog.text
+
+
+def test_the_result_is_published_last(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write = publish.write_whole
+    monkeypatch.setattr(publish, "write_whole", lambda path, data: (written.append(path.name), write(path, data)))
+    driver.run("finishes")
+    assert written[-1] == "result.json" and "metrics.parquet" in written[:-1]
 
 
 def test_a_process_that_never_came_is_a_failure_with_its_reason(driver: Driver) -> None:

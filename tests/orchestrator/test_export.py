@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 
-from orchestrator import cli, spec
+from orchestrator import cli, export, spec
 from orchestrator.attempt import Job, Outcome, run_attempt
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
@@ -149,6 +149,16 @@ def test_a_trial_adopted_from_another_sweep_is_exported_from_there(
     (elsewhere / "result.json").write_text("{}")
     assert command(monkeypatch, adopting, trained.first) == 0
     assert str(adopting.layout.trial(trained.first).root / "export" / "raw") in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_lies_in_the_store_alone_comes_from_there(trained: Planned, tmp_path: Path) -> None:
+    far = tmp_path / "far"
+    copied = planned(tmp_path / "near", "small", {}, [2])
+    shutil.copytree(trained.layout.trial(trained.first).root, far / "small" / "trials" / trained.first)
+    with pytest.raises(ValueError, match="has no checkpoint to export"):
+        export.export(copied.first, None, "raw", copied.layout.storage, copied.layout.state)
+    export.export(copied.first, None, "raw", copied.layout.storage, copied.layout.state, far.as_uri())
+    assert (copied.layout.trial(copied.first).root / "export" / "raw" / "model.safetensors").is_file()
 
 
 def test_neither_help_nor_a_wrong_name_imports_torch(tmp_path: Path) -> None:

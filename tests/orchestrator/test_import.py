@@ -127,6 +127,15 @@ class TestTables:
         assert first.points == {(0, "test/top1"): 0.5}
         assert (second.cell["model.num_registers"], second.points) == (None, {})
 
+    def test_line_breaks_of_unicode_and_marks_of_byte_order_are_no_rows(self, tmp_path: Path) -> None:
+        (tmp_path / "t.csv").write_bytes("a,test/x\r\nx\u2028y,1\r\n\x85z,2\r\n".encode("utf-8-sig"))
+        assert [row.cell for row in import_rows.read(tmp_path / "t.csv", {}, ())] == [
+            {"program.a": "x\u2028y"},
+            {"program.a": "z"},
+        ]
+        (tmp_path / "t.jsonl").write_bytes('{"a": 1, "test/x": 1}\n'.encode("utf-8-sig"))
+        assert [row.cell for row in import_rows.read(tmp_path / "t.jsonl", {}, ())] == [{"program.a": 1}]
+
 
 class TestAgain:
     def test_the_same_file_changes_nothing(self, tmp_path: Path) -> None:
@@ -261,6 +270,10 @@ class TestBesideTrialsOfOurOwn:
             assert len(ledger.rows()) == 4
             import_results.keep(ledger, plan)
             assert [row.state for row in ledger.rows()] == ["planned"] * 4 + ["finished"] * 2
+            more = build_plan(read_sweep(Small(tmp_path).write(seeds=[0, 1, 2])))
+            ledger.plan(more.trials)  # it runs these cells with that seed itself now
+            import_results.keep(ledger, more)
+            assert [row.state for row in ledger.rows()] == ["planned"] * 6
 
     def add(self, folder: Path, text: str, **options: Any) -> None:
         storage = folder / "runs"

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator import ledger_file
 from orchestrator.holder import SweepHeld
 from orchestrator.ledger import IllegalMove, Ledger, LedgerError
 from orchestrator.ledger_schema import MOVES, OVER, SCHEMA, STATES, Role
@@ -164,6 +165,45 @@ def test_losses_in_a_row_without_progress_are_counted(ledger: Ledger) -> None:
     assert (ledger.row("a").stalled, ledger.row("a").state) == (1, "planned")
 
 
+def test_what_a_dead_driver_left_running_is_released_also_where_it_is_planned_no_more(ledger: Ledger) -> None:
+    ledger.start_attempt("b", 1, "host", 1)
+    ledger.plan([FakeTrial("a")])
+    assert ledger.release_running() == ["b"]
+    assert ledger.row("b").state == "planned"
+
+
+def test_what_a_trial_has_come_to_is_on_the_disk_and_a_report_goes_there_with_it(ledger: Ledger) -> None:
+    said: list[str] = []
+    ledger._connection.set_trace_callback(said.append)
+
+    def levels() -> list[str]:
+        found = [line.rpartition(" ")[2] for line in said if line.startswith("PRAGMA synchronous")]
+        said.clear()
+        return found
+
+    ledger.start_attempt("a", 1, "host", 1)
+    ledger.record("a", 1, 1, {"x": 1.0})
+    assert levels() == ["NORMAL", "NORMAL"]
+    ledger.lose_attempt("a", 1, "lost", progressed=True)
+    ledger.start_attempt("a", 2, "host", 1)
+    ledger.finish("a", 2, "finished", {}, None)
+    assert levels() == ["FULL", "NORMAL", "FULL"]
+
+
+def test_seconds_of_a_trial_that_is_run_anew_do_not_count_those_before(path: Path) -> None:
+    now = [0]
+    with Ledger.open(path, clock=lambda: now[0]) as ledger:
+        ledger.plan([FakeTrial("a")])
+        for number, seconds in ((1, 5), (2, 7)):
+            ledger.start_attempt("a", number, "host", 1)
+            now[0] += 1000 * seconds
+            ledger.lose_attempt("a", number, "lost", progressed=True)
+            now[0] += 60_000
+        assert [ledger.seconds_before("a", number) for number in (1, 2, 3)] == [0.0, 5.0, 12.0]
+        ledger.reset("a")
+        assert ledger.seconds_before("a", 3) == 0.0
+
+
 def test_nan_and_infinities_survive(ledger: Ledger) -> None:
     ledger.start_attempt("a", 1, "host", 1)
     ledger.record("a", 1, 0, {"nan": math.nan, "inf": math.inf, "minus": -math.inf, "tiny": 5e-324, "third": 1 / 3})
@@ -304,6 +344,24 @@ def test_a_missing_ledger_a_newer_one_and_a_damaged_one_are_refused(ledger: Ledg
     path.write_bytes(b"not a database at all" * 100)
     with pytest.raises(LedgerError, match="move it away"):
         Ledger.open(path)
+
+
+def test_a_whole_ledger_that_cannot_be_used_now_is_not_to_be_moved_away(
+    ledger: Ledger, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_file, "_BUSY_S", 0.05)
+    ledger.close()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    for writer in (True, False):
+        with pytest.raises(LedgerError, match=r"cannot be used now \(database is locked\)$"):
+            Ledger.open(path, writer=writer)
+    other.close()
+    Ledger.open(path).close()  # the hold was let go of
+    path.with_name("folder.db").mkdir()
+    with pytest.raises(LedgerError, match=r"folder.db cannot be opened"):
+        Ledger.open(path.with_name("folder.db"))
 
 
 def test_several_threads_write_without_loss(ledger: Ledger) -> None:

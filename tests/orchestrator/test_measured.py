@@ -249,6 +249,16 @@ class TestDrySteps:
         found = dry_steps.dry(own)
         assert (found.data.train, found.evaluation.probes, found.model.init_from) == ("scenes", (), None)
         assert shape_of(found) == shape_of(own)
+        assert found.optim.steps == own.optim.steps
+        short = dry_steps.dry(resolve({**NANO, "optim.steps": 1}))
+        assert short.optim.steps == dry_steps.WARM_UP + dry_steps.STEPS + 1  # as many as are counted
+
+    def test_a_step_takes_the_median_after_the_first_ones(self) -> None:
+        watch = dry_steps._Watch(lambda: None)
+        watch.moments = [0.0, 50.0, 60.0, 61.0, 62.0, 69.0]  # two steps to warm up, then 1, 1 and 7 seconds
+        assert watch.seconds() == 1.0
+        watch.moments = [0.0, 50.0]
+        assert watch.seconds() == 50.0
 
     @pytest.mark.slow
     def test_dry_steps_of_a_real_trial(self, tmp_path: Path) -> None:

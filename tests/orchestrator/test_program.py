@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from orchestrator import program, program_records, program_report, publish
+from orchestrator import program, program_guard, program_records, program_report, publish
 from orchestrator.program_report import ProgramReport, WrongReports
 from tests.orchestrator.programs import Trial, is_alive, line, wait_until
 from trainers.config import resolve
@@ -59,6 +59,11 @@ class TestWhatAProgramIsTold:
         assert trial.run().status == "finished"
         assert f"in {tmp_path / 'code'}\n" in trial.log and "go.sh has sha256" in trial.log
 
+    def test_settings_have_values_that_come_back_from_json(self, tmp_path: Path) -> None:
+        for value in (float("nan"), float("inf"), {"a": object()}):
+            with pytest.raises(ValueError, match="program"):
+                Trial(tmp_path, "", program={"x": value})
+
     @pytest.mark.parametrize(
         ("command", "message"),
         [("no-such-program", "there is no program no-such-program on the PATH"), ("./no.sh", "no.sh is not in ")],
@@ -69,6 +74,15 @@ class TestWhatAProgramIsTold:
         outcome = trial.run()
         assert (outcome.status, outcome.retryable) == ("failed", False)
         assert message in (outcome.error or {})["message"]
+
+    def test_only_the_first_rank_reports(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trial = Trial(tmp_path, f"echo '{line(1, a__b=1)}' >> \"$ORCHESTRATE_REPORT\"")
+        monkeypatch.setenv("RANK", "1")
+        assert trial.run(ranks=2).status == "finished"
+        assert trial.reports == [] and (trial.folder / "report.rank1.jsonl").is_file()
+        monkeypatch.setenv("RANK", "0")
+        assert trial.run(ranks=2).status == "finished"
+        assert trial.reports == [(1, {"a/b": 1.0})]
 
 
 class TestReports:
@@ -193,8 +207,10 @@ class TestEnds:
             ("echo hello; echo 'it is broken' >&2; exit 3", "failed", "ProgramFailed", "code 3: it is broken", False),
             ("exit 75", "failed", "ProcessLost", "ended with code 75: it printed nothing", True),
             ("kill -9 $$", "failed", "ProcessLost", "was killed by SIGKILL", True),
+            ("kill -40 $$", "failed", "ProcessLost", "was killed by signal 40", True),
             ("kill -SEGV $$", "failed", "ProcessLost", "was killed by SIGSEGV", True),
             ("sh -c 'kill -9 $$'", "failed", "ProcessLost", "ended with code 137", True),
+            ("sh -c 'kill -TERM $$'", "failed", "ProcessLost", "ended with code 143", True),
         ],
     )
     def test_exit_codes(
@@ -320,6 +336,22 @@ class TestNothingOutlivesAnAttempt:
         finally:
             process.kill()
             process.wait()
+
+    def test_a_guard_that_is_killed_when_nobody_else_is_left_takes_the_program_with_it(self, tmp_path: Path) -> None:
+        reading, writing = os.pipe()
+        words = ["sh", "-c", f"echo $$ > {tmp_path}/pid; exec sleep 300"]
+        guard = subprocess.Popen(
+            [sys.executable, "-I", "-S", program_guard.__file__, str(reading), *words], pass_fds=(reading,)
+        )
+        try:
+            wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+            guard.kill()
+            wait_until(lambda: not is_alive(int((tmp_path / "pid").read_text())))
+        finally:
+            guard.kill()
+            guard.wait()
+            os.close(reading)
+            os.close(writing)
 
     def test_the_guard_killed_takes_the_program_with_it(self, tmp_path: Path) -> None:
         trial = Trial(tmp_path, f"echo $PPID > {tmp_path}/guard\necho $$ > {tmp_path}/program\nsleep 300")

@@ -1,21 +1,28 @@
 """Which trial begins next, what its end leads to, what running trials are told, and what a trial asks for; no Ray."""
 
 import json
+import signal
+import sqlite3
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from orchestrator import room, run_options
 from orchestrator.attempt import Job, Outcome, Place, free_address
 from orchestrator.control import Control
 from orchestrator.dispatch import Dispatch
+from orchestrator.jobs import job_of
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.mailbox import Mailbox
 from orchestrator.plan import PlannedTrial, build_plan
 from orchestrator.queue import Queue
-from orchestrator.retry import History, after
+from orchestrator.retry import History, after, has_room
+from orchestrator.run_options import Interrupted, Stop, signals
 from orchestrator.run_request import Request, clip
 from orchestrator.spec import read_sweep
 from orchestrator.watch import Watch
@@ -146,6 +153,27 @@ class TestDispatch:
         dispatch.over(first)
         assert self.drawn(dispatch) is None and dispatch.is_over()
 
+    def test_what_follows_waits_for_space_on_a_full_disk(
+        self, ledger: Ledger, trials: tuple[PlannedTrial, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(room, "_TRY_SECONDS", 0.0)
+        dispatch = self.dispatch(ledger, trials, leaving=[])
+        first, second = ids(trials[:2])
+        assert self.drawn(dispatch) == first
+        ledger.start_attempt(first, 1, "host", 1)
+        ledger.finish(first, 1, "finished", {}, None)
+        add, full = ledger.add, [True, True]
+
+        def add_when_there_is_room(new: Sequence[PlannedTrial]) -> None:
+            if full:
+                full.pop()
+                raise sqlite3.OperationalError("database or disk is full")
+            add(new)
+
+        monkeypatch.setattr(ledger, "add", add_when_there_is_room)
+        dispatch.over(first)
+        assert self.drawn(dispatch) == second
+
 
 class TestControl:
     def test_the_first_reason_holds_and_a_trials_own_goes_before_that_of_all(self) -> None:
@@ -160,13 +188,13 @@ class TestControl:
         assert [control.look(name) for name in "abc"] == ["pruned", "stopped", "interrupted"]
 
     def test_a_mailbox_keeps_what_a_trial_was_told_for_its_next_beginning(self) -> None:
-        mailbox = Mailbox()
-        mailbox.put("a", {"name": "x"})
-        assert mailbox.job("a") == ({"name": "x"}, None)
+        mailbox, job = Mailbox(), {"name": "x", "gpus": 0.0, "ranks": 1}
+        mailbox.put("a", job)
+        assert mailbox.job("a") == (job, None, {})
         mailbox.ask("a", "stopped")
         mailbox.take_back("a")
-        mailbox.put("a", {"name": "x"})
-        assert mailbox.job("a") == ({"name": "x"}, "stopped")
+        mailbox.put("a", job)
+        assert mailbox.job("a") == (job, "stopped", {})
 
     def test_a_watch_hears_stop_requests_settings_and_a_spent_budget(
         self, tmp_path: Path, trials: tuple[PlannedTrial, ...]
@@ -186,6 +214,52 @@ class TestControl:
             spent.append("the budget of 1 hours is used up")
             _wait(lambda: queue.closed is not None and control.look("another") == "interrupted")
         assert said == ["from now on 3 trials at a time", spent[0]]
+
+    def test_settings_that_cannot_be_read_hide_no_spent_budget(
+        self, tmp_path: Path, trials: tuple[PlannedTrial, ...], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        layout = SweepLayout(tmp_path, tmp_path, "small")
+        queue, control, spent = Queue(), Control(), list[str]()
+        layout.settings.parent.mkdir(parents=True)
+        with Watch(layout, queue, control, lambda: False, lambda: spent[0] if spent else None, lambda _text: None):
+            layout.settings.write_text("{")
+            spent.append("used up")
+            _wait(lambda: queue.closed == "used up" and control.look("any") == "interrupted")
+
+    def test_what_was_set_for_an_earlier_run_holds_no_more(self, tmp_path: Path) -> None:
+        layout, queue = SweepLayout(tmp_path, tmp_path, "small"), Queue(limit=2)
+        layout.settings.parent.mkdir(parents=True)
+        layout.settings.write_text(json.dumps({"max_concurrent": 0}))
+        with Watch(layout, queue, Control(), lambda: False, lambda: None, print):
+            assert queue.limit == 2
+
+    def test_who_leaves_tells_all_trials(self, tmp_path: Path) -> None:
+        control = Control()
+        with Watch(SweepLayout(tmp_path, tmp_path, "small"), Queue(), control, lambda: True, lambda: None, print):
+            assert control.look("any") == "interrupted", "before the first trial begins"
+
+
+class TestSignals:
+    def test_the_first_asks_to_leave_the_second_ends_at_once_and_handlers_come_back(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exits, timers = list[int](), list[tuple[float, Any]]()
+        monkeypatch.setattr("os._exit", exits.append)
+        timer = lambda seconds, _function, arguments: SimpleNamespace(  # noqa: E731
+            start=lambda: timers.append((seconds, arguments))
+        )
+        monkeypatch.setattr(run_options.threading, "Timer", timer)
+        before, stop = signal.getsignal(signal.SIGUSR1), Stop()
+        with signals(stop):
+            stop.check()
+            signal.raise_signal(signal.SIGUSR1)
+            assert stop() and stop.signal == signal.SIGUSR1 and exits == []
+            assert timers == [(run_options.LAST_SECONDS, (128 + signal.SIGUSR1,))]
+            with pytest.raises(Interrupted):
+                stop.check()
+            signal.raise_signal(signal.SIGTERM)
+            assert exits == [143]
+        assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def _wait(condition: Any) -> None:
@@ -210,6 +284,26 @@ class TestRequests:
         assert clip(Request(32, 8, 8), nodes) == Request(16, 4, 4)
         assert clip(Request(4, 0, 2), [{"CPU": 1.0}, {"CPU": 1.0}]) == Request(2, 0, 2)
         assert clip(Request(4, 0, 2), [{"CPU": 1.0}]) == Request(1, 0, 1)
+
+    def test_ranks_get_fewer_cpus_where_they_would_not_all_fit_at_once(self) -> None:
+        assert clip(Request(16, 4, 4), [{"CPU": 4.0, "GPU": 4.0}]) == Request(4, 4, 4)
+        assert clip(Request(8, 0, 2), [{"CPU": 4.0}]) == Request(4, 0, 2)
+        assert clip(Request(9, 0, 3), [{"CPU": 4.0}, {"CPU": 3.0}]) == Request(6, 0, 3)  # two of 2 CPUs and one
+        uneven = [{"CPU": 2.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
+        assert clip(Request(16, 4, 4), uneven) == Request(4, 4, 4)
+
+    def test_a_job_has_what_the_ledger_knows_and_each_ranks_share_of_the_request(
+        self, tmp_path: Path, trials: tuple[PlannedTrial, ...]
+    ) -> None:
+        with Ledger.open(tmp_path / "ledger.db") as ledger:
+            ledger.plan(trials)
+            name = trials[0].trial_id
+            ledger.start_attempt(name, 3, "host", 1)
+            ledger.record(name, 3, 7, {"x": 1.0})
+            ledger.lose_attempt(name, 3, "killed", progressed=False)
+            job = job_of(trials[0], ledger.row(name), SweepLayout(tmp_path, tmp_path, "small"), Request(8, 2, 2))
+        assert (job.attempts, job.last_step, job.stalled) == (3, 7, 1)
+        assert (job.threads, job.gpus, job.ranks) == (4, 1.0, 2)
 
     def test_a_rank_finds_the_first_one_on_the_network_that_was_named(self) -> None:
         assert Place().environment() == {}
@@ -241,6 +335,26 @@ class TestRetry:
             event = after(self.failed(disk_full=True, retryable=True), history, 1, self.JOB)
             assert (event["kind"], event["charged"]) == ("lost", False)
         assert history.errors == 0
+
+    def test_after_a_full_disk_there_must_be_more_room_than_there_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        free = [10 * 2**30]
+        monkeypatch.setattr("shutil.disk_usage", lambda _folder: SimpleNamespace(total=100 * 2**30, free=free[0]))
+        history, job = History(), replace(self.JOB, folder=str(tmp_path / "not there yet"))
+        assert has_room(Path(job.folder), history.room)
+        after(self.failed(disk_full=True), history, 1, job)
+        assert not has_room(Path(job.folder), history.room)
+        free[0] += 2**20
+        assert has_room(Path(job.folder), history.room)
+        free[0] = 2**20
+        assert not has_room(tmp_path)
+
+    def test_a_store_that_is_away_is_no_fault_of_the_trial(self) -> None:
+        history = History()
+        for _ in range(10):
+            event = after(self.failed(storage_away=True, retryable=True), history, 1, self.JOB)
+            assert (event["kind"], event["charged"]) == ("lost", False)
 
     def test_activation_checkpointing_is_tried_once_where_memory_lacks(self) -> None:
         history = History()

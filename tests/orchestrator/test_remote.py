@@ -1,13 +1,16 @@
 """Whole objects in a real S3-compatible server and in a folder: puts, pulls, lists, faults."""
 
+import errno
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -70,6 +73,20 @@ def test_what_is_not_there_is_said_without_a_file_being_made(remote: Remote, tmp
     assert remote.sizes() == {}
 
 
+def test_what_our_own_side_cannot_read_to_its_end_leaves_no_part_of_it(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(file: IO[bytes]) -> Iterator[bytes]:
+        yield file.read(5)
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr("orchestrator.remote._chunks", broken)
+    (tmp_path / "in").write_bytes(b"0123456789")
+    with pytest.raises(OSError, match="the disk is broken"):
+        remote.push(tmp_path / "in", "a")
+    assert remote.sizes() == {}
+
+
 @pytest.mark.parametrize("key", ["../a", "/etc/passwd", "a/../../b"])
 def test_no_key_leaves_its_place(remote: Remote, key: str) -> None:
     with pytest.raises(ValueError, match="relative path"):
@@ -110,9 +127,11 @@ def test_an_unknown_kind_of_storage_is_refused_with_what_is_allowed() -> None:
 
 
 def test_a_bucket_that_is_not_there_is_said_at_once(store: Store) -> None:
-    remote = Remote(store.uri("x").replace("s3://trials", "s3://nobody"), delays=(60.0,))  # no second try
+    remote = Remote(store.uri("x").replace("s3://trials", "s3://nobody"), delays=(20.0,))
+    began = time.monotonic()
     with pytest.raises(OSError, match="NO_SUCH_BUCKET"):
         remote.put("a", b"")
+    assert time.monotonic() - began < 20, "there is no second try"
 
 
 class Cutting:

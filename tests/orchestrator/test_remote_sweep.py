@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +124,9 @@ def test_a_ledger_gives_way_to_that_of_a_machine_that_ran_since(
     with Ledger.open(other.ledger) as ledger, Keeper(there, other) as keeper:
         end(ledger)
         keeper.push()
+    (layout.root / "ledger.db-wal").write_bytes(b"of a driver that was killed")
     assert remote_sweep.restore(mirror, layout)
+    assert (layout.root / "superseded-ledger.db-wal").is_file(), "it is of the ledger that gave way"
     with Ledger.open(layout.ledger) as ledger:
         assert ledger.row(ID).state == "finished"
     assert (layout.root / "superseded-ledger.db").is_file() and "another machine" in caplog.text
@@ -202,6 +205,24 @@ def test_a_killed_driver_of_this_machine_does_not_stand_in_its_own_way(tmp_path:
         Keeper(mirror, layout)._renew()
         with Keeper(mirror, layout):
             pass
+
+
+def test_a_driver_that_was_taken_over_notices_and_leaves_the_others_files(tmp_path: Path) -> None:
+    mirror, layout = machine(tmp_path / "far", tmp_path / "one")
+    there, fresh = machine(tmp_path / "far", tmp_path / "two")
+    told = threading.Event()
+    with Ledger.open(layout.ledger) as ledger, Keeper(mirror, layout, every=0.05, taken_over=told.set) as keeper:
+        keeper.push()
+        mirror.remote.remove(keeper._key)  # as another machine does, once this one fell silent
+        assert told.wait(20)
+        with Ledger.open(fresh.ledger), Keeper(there, fresh) as other:
+            other.push()
+            theirs = mirror.remote.read(f"sweep/{SNAPSHOT}.sha256")
+            end(ledger)
+            with pytest.raises(DrivenElsewhere, match="taken over by another machine"):
+                keeper.push()
+            assert mirror.remote.read(f"sweep/{SNAPSHOT}.sha256") == theirs
+            assert len(mirror.remote.sizes("sweep/drivers")) == 1
 
 
 def attempt_elsewhere(far: Path, near: Path, number: int) -> None:

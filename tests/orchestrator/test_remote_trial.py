@@ -144,6 +144,41 @@ def test_checkpoints_follow_as_they_come_and_replaced_ones_go(one: tuple[Mirror,
         wait_for(lambda: there() == {"step_000000009.pt", "step_000000009.pt.sha256"})
 
 
+def test_the_newest_stays_there_until_a_newer_one_is(one: tuple[Mirror, TrialLayout]) -> None:
+    mirror, trial = one
+    with remote_trial.attempt(mirror, trial, 1):
+        path = write_checkpoint(trial.attempt(1) / "checkpoints", 5)
+        wait_for(lambda: len(mirror.remote.sizes()) == 2)
+        for file in (path, path.with_name(path.name + ".sha256")):
+            file.unlink()
+    assert len(mirror.remote.sizes()) == 2
+
+
+def test_a_checksum_is_there_before_its_checkpoint(
+    one: tuple[Mirror, TrialLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[str] = []
+    push = Remote.push
+
+    def noted(remote: Remote, local: Path, key: str) -> None:
+        pushed.append(key.rpartition("/")[2])
+        push(remote, local, key)
+
+    monkeypatch.setattr(Remote, "push", noted)
+    mirror, trial = one
+    with remote_trial.attempt(mirror, trial, 1):
+        write_checkpoint(trial.attempt(1) / "checkpoints", 5)
+    assert pushed == ["step_000000005.pt.sha256", "step_000000005.pt"]
+
+
+def test_an_attempt_waits_for_a_store_that_is_away_until_it_has_to_leave(tmp_path: Path) -> None:
+    mirror, trial = machine(tmp_path / "far", tmp_path / "one")
+    (tmp_path / "far").write_text("a file where a folder should be")
+    assert remote_trial.begin_attempt(trial, mirror.remote.uri, 0, leaving=lambda: True) is None
+    threading.Timer(0.3, (tmp_path / "far").unlink).start()
+    assert remote_trial.begin_attempt(trial, mirror.remote.uri, 0) == 1
+
+
 def test_a_checkpoint_without_its_checksum_is_not_pushed(one: tuple[Mirror, TrialLayout]) -> None:
     mirror, trial = one
     with remote_trial.attempt(mirror, trial, 1):

@@ -156,11 +156,12 @@ def test_another_space_base_or_seed_is_another_study(tmp_path: Path) -> None:
             sweep(trial={**TINY, "optim.steps": 99}),
             sweep(search_seeds=[7]),
             sweep(mode="min"),
+            sweep(seeds=(0, 1000)),  # so that suggestions get seed 1001
         )
     ]
     studies = [[cell.study for cell in growth.cells] for growth in growths]
     assert studies[0] == studies[1] == studies[2] == studies[3]
-    assert len({study for pair in studies[3:] for study in pair}) == 10
+    assert len({study for pair in studies[3:] for study in pair}) == 12
 
 
 def test_a_value_is_the_mean_over_the_seeds_that_are_set_aside(tmp_path: Path) -> None:

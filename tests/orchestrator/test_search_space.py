@@ -1,5 +1,6 @@
 """The space of a search: order, conditions, grids, whole numbers; and what the samplers make of it."""
 
+import copy
 import logging
 import random
 from collections.abc import Mapping
@@ -158,6 +159,43 @@ class TestSamplers:
             assert params["optim.batch_size"] in (8, 16, 24, 32)
             assert ("optim.min_lr" in params) == (params["optim.optimizer"] == "lamb")
             assert ("deit3.flip" in params) == (params.get("optim.min_lr") == 1e-6)
+
+    def test_tpe_learns_from_how_far_pruned_ones_came(self) -> None:
+        def after(values: list[float]) -> list[Mapping[str, Any]]:
+            """What is suggested by ten streams after pruned suggestions of these values at rising learning rates."""
+            history = History()
+            for number, value in enumerate(values):
+                history.apply(asked(number, {"optim.lr": 10.0 ** (number - 5)}))
+                history.apply(told(number, "pruned", (value,), 50, "pruned"))
+            return [
+                suggest(search({"optim.lr": LR}, seed=s), space({"optim.lr": LR}), "cell", history) or {}
+                for s in range(10)
+            ]
+
+        low, high = (
+            float(np.mean([np.log10(p["optim.lr"]) for p in after(v)])) for v in ([5.0, 4, 3, 2, 1], [1.0, 2, 3, 4, 5])
+        )
+        assert low < high - 0.5
+
+    @pytest.mark.parametrize(("parallel", "apart"), [(1, False), (4, True)])
+    def test_what_runs_keeps_the_next_ones_away_where_several_run(self, parallel: int, apart: bool) -> None:
+        history = History()
+        for number, lr in enumerate((1e-5, 1e-4, 9e-4, 1e-3, 1.1e-3, 1e-2, 1e-1)):
+            history.apply(asked(number, {"optim.lr": lr}))
+            history.apply(told(number, "complete", (quadratic({"optim.lr": lr}),), 50))
+        running = copy.deepcopy(history)
+        for number in range(7, 12):
+            running.apply(asked(number, {"optim.lr": 1e-3}))
+
+        def near(known: History) -> int:
+            """How many of thirty suggestions lie within half a decade of the best so far, where five run."""
+            drawn = [
+                suggest(search({"optim.lr": LR}, seed=s, parallel=parallel), space({"optim.lr": LR}), "cell", known)
+                for s in range(30)
+            ]
+            return sum(abs(np.log10((params or {})["optim.lr"]) + 3) < 0.5 for params in drawn)
+
+        assert (near(running) < near(history) - 5) == apart
 
     def test_tpe_learns_and_random_does_not(self) -> None:
         def distance(name: str) -> float:

@@ -66,6 +66,16 @@ def test_every_part_is_read_and_written(tmp_path: Path) -> None:
     assert read_sweep(tmp_path / "again.yaml") == found
 
 
+def test_a_sweep_under_another_name_learns_from_the_one_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "again.yaml"
+    path.write_text(BEFORE + TPE.replace("  space", "  warm_start: [example]\n  space") + LR)
+    found = read_sweep(path, name="later").search
+    assert found is not None
+    assert found.warm_start == ("example",)
+    with pytest.raises(SpecError, match="has example, which is this sweep"):
+        read_sweep(path)
+
+
 def test_what_is_left_out_has_defaults(tmp_path: Path) -> None:
     search = sweep(tmp_path / "short.yaml", TPE + LR).search
     assert search is not None
@@ -213,10 +223,16 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         GRID + LR,
         [(9, "optim.lr wants {low, high, step} or {choices} in a grid")],
     ),
+    "a grid that cannot be listed": (
+        GRID.replace("  space", "  samples: 10\n  space")
+        + entry("optim.lr: {low: 0.001, high: 1, step: 0.001}", "")
+        + entry("optim.weight_decay: {low: 0.001, high: 1, step: 0.001}", ""),
+        [(9, "search.space has more than 100,000 suggestions, which a grid lists; use random")],
+    ),
     "a grid without end": (
         GRID
         + entry("optim.lr: {low: 0.001, high: 1, step: 0.001}", "")
-        + entry("optim.weight_decay: {low: 0, high: 0.1, step: 0.001}", ""),
+        + entry("optim.weight_decay: {low: 0, high: 0.01, step: 0.001}", ""),
         [(8, "search.space has more than 10,000 suggestions; give search.samples")],
     ),
     "too many trials": (
@@ -224,7 +240,7 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         [(5, "search makes 100,004 trials in all cells; allowed: at most 100,000")],
     ),
     "a condition on nothing": (
-        LR and TPE + LR + entry("deit3.flip: {choices: [true], if: {optim.lrr: 3, optim.steps: 4}}", ""),
+        TPE + LR + entry("deit3.flip: {choices: [true], if: {optim.lrr: 3, optim.steps: 4}}", ""),
         [
             (11, "if of deit3.flip names optim.lrr, which is none; did you mean optim.lr?"),
             (11, "if of deit3.flip names optim.steps, which is no entry of the space"),

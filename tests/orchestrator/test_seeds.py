@@ -121,9 +121,8 @@ def test_cell_and_baseline_get_the_seeds_that_the_first_block_asks_for(ledger: L
     plan = plan_of(halfwidth=2.0)
     ledger.plan(plan.trials)
     growth = SeedGrowth(plan)
-    assert growth.more(ledger) == [] and not growth.is_over(ledger)
+    assert growth.more(ledger) == []
     assert run(ledger, growth, noisy) == [(0, 3), (2, 3), (0, 4), (2, 4)]
-    assert growth.is_over(ledger)
     assert len(ledger.rows()) == 9 + 4
     assert ledger.rows()[-1].name == "deit3 nano reg2 seed4"
 
@@ -139,15 +138,17 @@ def test_a_trial_that_is_added_is_the_one_that_a_longer_list_of_seeds_has(ledger
     assert all(row.name == names[row.trial_id] for row in ledger.rows())
 
 
-def test_nothing_is_decided_before_both_blocks_are_over(ledger: Ledger) -> None:
+@pytest.mark.parametrize("last_of", ["cell", "baseline"])
+def test_nothing_is_decided_before_both_blocks_are_over(ledger: Ledger, last_of: str) -> None:
     plan = plan_of(halfwidth=0.1)
     ledger.plan(plan.trials)
     growth = SeedGrowth(plan)
-    *others, last = [trial for trial in plan.trials if trial.cell["model.num_registers"] in (0, 2)]
+    both = [trial for trial in plan.trials if trial.cell["model.num_registers"] in (0, 2)]
+    *others, last = both if last_of == "cell" else both[::-1]
     for trial in others:
         finish(ledger, trial.trial_id, noisy(trial.cell["model.num_registers"], trial.seed))
         assert growth.more(ledger) == []
-    finish(ledger, last.trial_id, noisy(2, last.seed))
+    finish(ledger, last.trial_id, noisy(last.cell["model.num_registers"], last.seed))
     assert [(t.cell["model.num_registers"], t.seed) for t in growth.more(ledger)][:2] == [(0, 3), (2, 3)]
     assert growth.more(ledger) == []
 
@@ -178,12 +179,35 @@ def test_pairs_without_a_value_count_neither_as_differences_nor_as_seeds(
     assert added == [(registers, seed) for seed in range(3, 7) for registers in (0, 2)]
 
 
+def test_what_did_not_finish_is_no_difference(ledger: Ledger) -> None:
+    plan = plan_of(first=3, halfwidth=4.0, axes={"model.num_registers": (0, 2)})
+    ledger.plan(plan.trials)
+    for trial in plan.trials:
+        diverged = trial.cell["model.num_registers"] == 2 and trial.seed == 0
+        value = 0.0 if trial.cell["model.num_registers"] == 0 else [1000.0, 1.0, 2.0][trial.seed]
+        finish(ledger, trial.trial_id, value, "diverged" if diverged else "finished")
+    assert [trial.seed for trial in SeedGrowth(plan).more(ledger)] == [3, 3, 4, 4, 5, 5, 6, 6]  # as by (1, 2) alone
+
+
+def test_pairs_that_a_budget_has_room_for_are_those_that_were_decided_first(ledger: Ledger) -> None:
+    """A driver that was killed takes the decisions up in their order, not in that of the cells."""
+    plan = plan_of(halfwidth=1e-6, budget=Budget(trials=11))
+    ledger.plan(plan.trials)
+    score: Score = lambda registers, seed: float(registers * seed)  # noqa: E731
+    growth = SeedGrowth(plan)
+    for trial in sorted(plan.trials, key=lambda trial: trial.cell["model.num_registers"] == 2):  # cell 2 ends last
+        finish(ledger, trial.trial_id, score(trial.cell["model.num_registers"], trial.seed))
+        growth.more(ledger)
+    for _ in range(2):  # the runs that follow
+        added = SeedGrowth(plan).more(ledger)
+        assert [(trial.cell["model.num_registers"], trial.seed) for trial in added] == [(0, 3), (4, 3)]
+
+
 def test_one_pair_shows_no_variance_until_failed_trials_ran_again(ledger: Ledger) -> None:
     plan = plan_of(halfwidth=2.0, axes={"model.num_registers": (0, 2)})
     ledger.plan(plan.trials)
     growth = SeedGrowth(plan)
     assert run(ledger, growth, lambda registers, seed: None if registers and seed else noisy(registers, seed)) == []
-    assert growth.is_over(ledger)
     for row in ledger.rows():
         if row.state == "failed":
             ledger.reset(row.trial_id)
@@ -195,7 +219,6 @@ def test_a_sweep_without_a_baseline_cell_of_a_cell_leaves_that_one_alone(ledger:
     ledger.plan(plan.trials)
     growth = SeedGrowth(plan)
     assert run(ledger, growth, noisy) == []
-    assert growth.is_over(ledger)
 
 
 @pytest.mark.parametrize("budget", [9, 10, 11, 12, 13, 30])

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import pytest
 import yaml
 
 from orchestrator import measured, plan_changes, plan_needs, show_plan, spec
-from orchestrator.estimate import Price, by_formula, checkpoint_bytes, wall_seconds
+from orchestrator.estimate import Price, by_formula, checkpoint_bytes, memory_bytes, state_bytes, wall_seconds
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
+from orchestrator.ledger_schema import State
 from orchestrator.measured import Sample, shape_of
 from orchestrator.plan import Plan, build_plan
+from orchestrator.search import SearchGrowth
 from orchestrator.seed_noise import noise
 from orchestrator.seeds import SeedGrowth
+from orchestrator.sweep import Resources
 
 METRIC = "test/linear/top1"
 BASE: dict[str, Any] = {
@@ -150,6 +154,18 @@ def test_disk_counts_checkpoints_and_records_of_what_finished(
     assert found["free"] > 0
 
 
+def test_records_are_counted_in_a_storage_whose_path_has_the_word_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    example = Example(tmp_path / "checkpoints")
+    example.run({0: 0.5})
+    folder = example.layout().trial(example.plan().trials[0].trial_id).root
+    folder.mkdir(parents=True)
+    (folder / "token_norms.parquet").write_bytes(b"x" * 1000)
+    assert example.json(capsys)["disk"]["records"] == 5 * 1000
+
+
 def test_too_small_a_disk_is_said() -> None:
     assert plan_needs.Disk(10**9, None, 2 * 10**9, "/there").warnings() == []
     assert plan_needs.Disk(10**9, 5 * 10**9, 2 * 10**9, "/there").warnings() == [
@@ -172,6 +188,27 @@ def test_memory_of_a_gpu_that_nobody_measured_is_asked_for(
         True: " fits into 40.00 GB",
     }
     assert line.endswith(said[fits])
+
+
+def test_memory_is_that_of_one_rank_of_the_largest_trial(example: Example, capsys: pytest.CaptureFixture[str]) -> None:
+    example.write(axes={"model.num_registers": [0, 4, 2]})
+    configs = [trial.config for trial in example.plan().trials]
+    (found,) = example.json(capsys)["memory"]
+    assert found["needed"] == max(map(memory_bytes, configs)) > memory_bytes(configs[-1])
+    example.write(axes={"model.num_registers": [4]}, baseline=None, resources={"gpus": 2})
+    (found,) = example.json(capsys)["memory"]
+    config = example.plan().trials[0].config
+    state = state_bytes(config)  # which each rank has whole
+    assert found["needed"] == state + round((memory_bytes(config) - state) / 2)
+
+
+def test_the_largest_trial_decides_how_many_run_at_a_time(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_needs.os, "cpu_count", lambda: 8)
+    (one, *_) = example.plan().trials
+    asking = [replace(one, resources=Resources(cpus=cpus)) for cpus in (1.0, 3.0, 2.0)]
+    assert plan_needs.at_a_time(asking) == 2
+    assert plan_needs.at_a_time(asking[:1]) == 8
+    assert plan_needs.at_a_time([]) == 1
 
 
 def test_auto_names_the_share_where_memory_was_measured_and_the_command_where_not(
@@ -278,6 +315,73 @@ def test_a_search_is_priced_with_its_suggestions(example: Example, capsys: pytes
     example.write(search={"name": "random", "samples": 4, "metric": "val/linear/top1", "space": space})
     found = example.json(capsys)
     assert found["to_run"]["trials"] == 2 * (4 + 3)  # of two cells: suggestions, then the best on three seeds
+
+
+class TestSearchesThatHaveRun:
+    """One cell of a grid of two suggestions on seed 1000, then of three seeds."""
+
+    METRIC = "val/linear/top1"
+
+    @pytest.fixture
+    def search(self, example: Example) -> Example:
+        space = {"optim.lr": {"choices": [1.0e-3, 1.0e-2]}}
+        search = {"name": "grid", "metric": self.METRIC, "space": space}
+        example.write(search=search, axes={"model.num_registers": [4]}, baseline=None)
+        return example
+
+    def run(self, example: Example, states: list[State]) -> None:
+        """Trials in the order in which they are named, each with its end, as far as there are any; the rest waits."""
+        layout = example.layout()
+        layout.root.mkdir(parents=True, exist_ok=True)
+        growth = SearchGrowth(example.plan(), example.runs)
+        with Ledger.open(layout.ledger) as ledger:
+            growth.restart(ledger, everything=False)
+            ledger.add(growth.more(ledger))
+            for state in states:
+                row = next(row for row in ledger.rows() if row.state == "planned")
+                ledger.start_attempt(row.trial_id, 1, "host", 1, gpus=0.0)
+                if state == "finished":
+                    ledger.record(row.trial_id, 1, 10, {self.METRIC: 0.5})
+                ledger.finish(row.trial_id, 1, state, {}, None)
+                ledger.add(growth.more(ledger))
+
+    @pytest.mark.parametrize(
+        ("states", "counts", "to_run"),
+        [
+            ([], (4, "1 (1 planned)", 0, 0), 5),
+            (["finished"], (3, "1 (1 planned)", 1, 0), 4),
+            (["failed"], (3, "1 (1 planned)", 1, 0), 4),  # which the search counts
+            (["finished", "finished"], (0, "3 (3 planned)", 2, 0), 3),
+            (["finished"] * 5, (0, "0", 5, 0), 0),
+            (["finished", "failed", "finished", "failed", "finished"], (0, "0", 4, 1), 1),
+            (["failed", "failed"], (3, "0", 0, 2), 5),  # begun anew, since nothing came of it
+        ],
+    )
+    def test_what_is_over_is_not_planned_again(
+        self,
+        search: Example,
+        capsys: pytest.CaptureFixture[str],
+        states: list[State],
+        counts: tuple[int, str, int, int],
+        to_run: int,
+    ) -> None:
+        self.run(search, states)
+        lines = search.show(capsys)
+        new, unfinished, over, again = counts
+        assert f"new: {new}" in lines
+        assert f"not finished: {unfinished}" in lines
+        assert any(line.split(" (")[0] == f"over, with a result: {over}" for line in lines)
+        assert sum(line.startswith(f"failed, run again: {again}") for line in lines) == (again > 0)
+        assert "no longer planned: 0" in lines
+        assert search.json(capsys)["to_run"]["trials"] == to_run
+
+    def test_noise_is_of_sweeps_of_the_same_kind(self, example: Example, capsys: pytest.CaptureFixture[str]) -> None:
+        example.run({0: 0.1, 1: 0.2, 2: 0.3}, "earlier")
+        search = {"name": "grid", "metric": self.METRIC, "space": {"optim.lr": {"choices": [1.0e-3, 1.0e-2]}}}
+        example.write(search=search)
+        assert example.json(capsys)["smallest_difference"]["of_metrics"] == {METRIC: pytest.approx(0.351, abs=1e-3)}
+        example.write(search=search, trial={"preset": "short", "model": {"size": "tiny", "patch_size": 8}})
+        assert example.json(capsys)["smallest_difference"]["of_metrics"] == {}
 
 
 def test_programs_of_others_have_no_price(example: Example, capsys: pytest.CaptureFixture[str]) -> None:

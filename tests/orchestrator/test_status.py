@@ -1,5 +1,6 @@
 """What status and logs say of a sweep, running or not; ledgers are written here as a driver writes them."""
 
+import dataclasses
 import json
 import socket
 import threading
@@ -79,12 +80,17 @@ def test_what_an_attempt_repeats_of_earlier_ones_is_no_speed(sweep: Sweep) -> No
     sweep.clock.now += 1_000
     sweep.ledger.record(key, 1, 6, {"train/loss": 1.0})
     sweep.ledger.lose_attempt(key, 1, "lost", progressed=True)
+    sweep.clock.now += 1
     sweep.begin(0, 2)
     sweep.clock.now += 5_000
     sweep.ledger.record(key, 2, 6, {"train/loss": 1.0})
     trial = describe(sweep.layout, sweep.clock.now)["trials"][0]
     assert (trial["images_per_second"], trial["seconds_left"]) == (None, None)
     assert trial["seconds_since_report"] == 5.0, "since it began"
+    for step in (8, 9):
+        sweep.clock.now += 1_000
+        sweep.ledger.record(key, 2, step, {"train/loss": 0.5})
+    assert describe(sweep.layout, sweep.clock.now)["trials"][0]["images_per_second"] == 16.0, "a step of 16 a second"
 
 
 def test_a_sweep_whose_driver_was_killed_is_run_by_nobody(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,13 +121,39 @@ def test_failures_show_traceback_and_the_end_of_the_log(sweep: Sweep, capsys: py
 def test_all_sweeps_are_a_line_each_and_a_damaged_ledger_hides_none(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = sweep.small.storage / "broken" / "ledger.db"
-    broken.parent.mkdir()
+    broken, torn = (sweep.small.storage / name / "ledger.db" for name in ("broken", "torn"))
+    for path in (broken, torn):
+        path.parent.mkdir()
     broken.write_text("no database")
+    with Ledger.open(torn) as ledger:
+        ledger.plan(sweep.trials)
+    size = torn.stat().st_size
+    torn.write_bytes(torn.read_bytes()[:4096] + b"\x5a" * (size - 4096))  # it opens
     command.status(Asked(None, sweep.small.storage, sweep.small.storage))
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and said[0].startswith("broken: ") and "cannot be read" in said[0]
+    assert len(said) == 3 and said[0].startswith("broken: ") and "cannot be read" in said[0]
     assert said[1].startswith("small: 4 planned, 0:00 spent, run by process ")
+    assert said[2].startswith("torn: ") and said[2].endswith("; see orchestrate doctor")
+
+
+def test_a_trial_is_meant_by_the_beginning_of_its_id_or_by_its_name_which_may_have_slashes(sweep: Sweep) -> None:
+    key, storage = sweep.trials[0].trial_id, sweep.small.storage
+    named = dataclasses.replace(sweep.trials[0], name="deit3 image_folder/mine seed0")
+    sweep.ledger.plan([named, *sweep.trials[1:]])
+    for said in (key, key[:6], f"small/{key[:6]}", named.name, f"small/{named.name}"):
+        assert inspect.find(said, storage, storage)[1].trial_id == key
+    for said in (f"other/{key}", "small/", "", "image_folder/mine seed0"):
+        with pytest.raises(ValueError, match="0 trials are meant"):
+            inspect.find(said, storage, storage)
+
+
+def test_a_running_trial_can_be_stopped_that_has_no_folder_on_this_machine(sweep: Sweep) -> None:
+    key, storage = sweep.trials[0].trial_id, sweep.small.storage
+    with pytest.raises(ValueError, match="is planned; only a running trial can be stopped"):
+        inspect.stop(key, storage, storage)
+    sweep.ledger.start_attempt(key, 1, "elsewhere", 1)
+    inspect.stop(key, storage, storage)
+    assert sweep.layout.trial(key).stop_request.exists()
 
 
 def test_watching_goes_on_until_ctrl_c(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:

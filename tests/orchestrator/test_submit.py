@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from orchestrator import submit, working_tree
@@ -65,12 +66,15 @@ def test_a_tree_that_is_too_large_is_refused_naming_its_largest_files(
     monkeypatch.setattr(working_tree, "MAX_BYTES", 2**20)
     write(tmp_path / "tree", *FILES)
     (tmp_path / "tree" / "weights.pt").write_bytes(os.urandom(2 * 2**20))
-    with pytest.raises(ValueError, match=r"2 MiB packed.* at most 1 MiB.*weights\.pt \(2 MiB\)"):
+    (tmp_path / "tree" / "x.bin").write_bytes(os.urandom(2**20))
+    with pytest.raises(ValueError, match=r"more than the 1 MiB .*weights\.pt \(2 MiB\), x\.bin \(1 MiB\)"):
         working_tree.pack(tmp_path / "tree", tmp_path / "tree.zip")
+    assert (tmp_path / "tree.zip").stat().st_size < 2.5 * 2**20, "what follows is not read any more"
 
 
 def asked(folder: Path, **changes: Any) -> Submission:
-    return Submission(**{"file": folder / "sweeps" / "mine.yaml", "storage": "s3://bucket/x", **changes})
+    places = {"storage": "s3://bucket/x", "address": "http://127.0.0.1:8265", "state": "/tmp/orchestrate"}
+    return Submission(**{"file": folder / "sweeps" / "mine.yaml", **places, **changes})
 
 
 def test_the_job_runs_the_sweep_of_the_tree_on_its_own_cluster(tmp_path: Path) -> None:
@@ -124,6 +128,8 @@ def test_only_allowed_variables_go_with_a_job() -> None:
 def test_secrets_are_not_handed_over_even_when_named(name: str) -> None:
     with pytest.raises(ValueError, match="logs") as refused:
         submit.handed_over([name], {name: "hunter2"})
+    with pytest.raises(ValueError, match="holds a secret") as refused:
+        submit.handed_over(["MY_STORE"], {"MY_STORE": "https://me:hunter2@host/x"})
     assert "hunter2" not in str(refused.value)
 
 
@@ -138,6 +144,32 @@ def test_a_variable_that_is_not_set_is_said() -> None:
 )
 def test_the_exit_code_is_the_jobs(status: str, code: int | None, expected: int) -> None:
     assert submit.exit_code(SimpleNamespace(driver_exit_code=code, status=SimpleNamespace(value=status))) == expected
+
+
+class Server:
+    """A job server that goes away while it is asked for the first time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def tail_job_logs(self, _job: str) -> AsyncIterator[str]:
+        self.asked += 1
+        yield "one\n"
+        if self.asked == 1:
+            raise aiohttp.ServerDisconnectedError
+        yield "two\n"
+
+    def get_job_info(self, _job: str) -> SimpleNamespace:
+        status = SimpleNamespace(value="SUCCEEDED", is_terminal=lambda: True)
+        return SimpleNamespace(status=status, driver_exit_code=0)
+
+
+def test_a_connection_that_is_lost_is_made_again_and_nothing_is_told_twice(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "_FOLLOW_AGAIN_SECONDS", 0.0)
+    assert submit._follow(Server(), "job") == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
 
 
 # On a real head

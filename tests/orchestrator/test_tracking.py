@@ -337,6 +337,13 @@ def test_values_that_are_not_finite_are_named_and_odd_names_do_not_block(
     assert _points(client, run, entity_name("../odd\nname")) == [(0, 3.0)]
 
 
+def test_files_that_are_not_uploaded_yet_are_lacking(ledger: Ledger, state: Path) -> None:
+    sink = Sink(ledger, default_tracking_uri(state), "sweep", "runs", state=state)
+    assert sink.flush(0.0) == 0
+    sink.log_artifacts([state / "report.html"])
+    assert sink.flush(0.0) == 1
+
+
 @pytest.mark.slow
 def test_a_store_that_cannot_be_used_costs_the_driver_nothing(
     ledger: Ledger, make_sink: SinkMaker, caplog: pytest.LogCaptureFixture

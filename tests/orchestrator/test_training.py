@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from orchestrator import training
-from orchestrator.attempt import Job
+from orchestrator.attempt import Job, Outcome, run_attempt
 from orchestrator.layout import TrialLayout
 from trainers.config import TrialConfig, resolve
 from trainers.train import Result
@@ -33,6 +33,18 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[TrialConfig]:
 
     monkeypatch.setattr("trainers.train.train", train)
     return configs
+
+
+def thinks_in_doubles(job: Job, layout: TrialLayout, number: int, report: Any, should_stop: Any) -> Outcome:
+    torch.set_default_dtype(torch.float64)
+    return Outcome("finished")
+
+
+def test_what_a_trial_sets_for_its_process_is_gone_before_the_next(tmp_path: Path) -> None:
+    TrialLayout(tmp_path).begin_attempt()
+    job = Job("a", "a", {}, str(tmp_path), str(tmp_path), 1, train=f"{__name__}:thinks_in_doubles")
+    assert run_attempt(job, 1, lambda _step, _metrics: None, lambda: None).status == "finished"
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize(("gpus", "told"), [(0.25, [0.25]), (0.5, [0.5]), (1.0, []), (0.0, [])])

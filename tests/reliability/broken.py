@@ -88,3 +88,18 @@ def loses_its_device(
             raise AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     return training.run(job, layout, number, breaks, asked)
+
+
+def one_gpu_is_broken(
+    job: Job, layout: TrialLayout, number: int, report: Report, asked: Callable[[], str | None]
+) -> Outcome:
+    """A second on a GPU whose number the attempt leaves behind; the second GPU of a node never works."""
+    import ray
+
+    (gpu,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    (layout.attempt(number) / "gpu").write_text(gpu)
+    if gpu == "1":
+        raise AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+    time.sleep(1.0)
+    report(1, {"train/loss": 1.0})
+    return Outcome("finished", steps=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainers import checkpoint
+from trainers import checkpoint, checkpoint_files
 
 
 def state(step: int) -> dict[str, object]:
@@ -34,6 +34,14 @@ def test_the_newest_of_all_folders_is_used_and_old_ones_are_removed(tmp_path: Pa
     assert loaded is not None and loaded["step"] == 10
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == [f"step_{n:09d}.pt{end}" for n in (2, 10) for end in ("", ".sha256")]
+
+
+def test_a_checksum_of_another_file_is_none(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 3, state(3))
+    checksum = checkpoint_files.checksum_path(path)
+    assert checkpoint_files.is_whole_file(path)
+    checksum.write_text(checksum.read_text().replace("step_000000003", "step_000000004"))
+    assert not checkpoint_files.is_whole_file(path)
 
 
 def test_flipped_and_truncated_files_are_never_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
