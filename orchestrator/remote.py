@@ -18,6 +18,7 @@ from trainers.files import sync_folder
 log = logging.getLogger(__name__)
 
 DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before each further try of a request
+_SILENT_TRIES = 1  # before a person is told that something is waited for
 _CHUNK_BYTES = 8 * 2**20
 _RENAMING = ("local", "hdfs")  # where an object that is being written can be seen, and a rename is atomic
 _TEMPORARY = re.compile(r"^\..*\.partial$")
@@ -204,13 +205,14 @@ class Remote:
         stream.close()
 
     def _retried(self, key: str, call: Callable[[], Value]) -> Value:
-        for delay in (*self._delays, None):
+        for number, delay in enumerate((*self._delays, None)):
             try:
                 return call()
             except OSError as error:
                 if delay is None or is_final(error):
                     raise self._said(key, error) from error
-                log.info("%s: %s: tried again in %.1f s", self, key, delay)
+                level = logging.INFO if number < _SILENT_TRIES else logging.WARNING
+                log.log(level, "storage %s does not answer; tried again in %.1f s", self, delay)
                 time.sleep(delay)
         raise AssertionError("the last try returns or raises")
 
