@@ -23,6 +23,7 @@ Keep = Literal["none", "last", "kept"]
 
 DEFAULT_STATUSES = ("finished", "diverged", "pruned", "stopped")  # one that failed is tried again from its checkpoint
 _DAY_MS = 86_400_000
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def clean(options: Options) -> None:
         total += _clean_sweep(layout, options, needed)
     if options.cache:
         total += _clean_cache(options)
-    print(f"{_gb(total)} {'would be freed' if options.dry_run else 'freed'}")
+    print(f"{_shown(total)} {'would be freed' if options.dry_run else 'freed'}")
 
 
 def _layouts(options: Options) -> list[SweepLayout]:
@@ -90,7 +91,7 @@ def _clean_sweep(layout: SweepLayout, options: Options, needed: frozenset[str]) 
     except SweepHeld as held:
         print(f"{layout.name}: nothing is freed; {held}")
     except LedgerError as error:
-        print(f"{layout.name}: nothing is freed; {error}; see orchestrate doctor {layout.name}")
+        print(f"{layout.name}: nothing is freed; {error}")
     return 0
 
 
@@ -112,7 +113,7 @@ def _free(name: str, freed: list[Freed], dry_run: bool) -> int:
     for one in freed:
         size = one.bytes
         total += size
-        print(f"{name}: {_gb(size)}  {one.why}")
+        print(f"{name}: {_shown(size)}  {one.why}")
         if not dry_run:
             for path in one.paths:
                 _remove(path)
@@ -214,5 +215,6 @@ def _size(path: Path) -> int:
     return path.lstat().st_size
 
 
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.3f} GB"
+def _shown(count: int) -> str:
+    unit, name = next(((unit, name) for unit, name in _UNITS if count >= 0.1 * unit), _UNITS[0])
+    return f"{count / unit:,.2f} {name}"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator import cli_look, cli_mend, cli_run, cli_store
+from orchestrator.cli_options import Command
 
 app = typer.Typer(
     name="orchestrate",
@@ -50,9 +51,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "schema": cli_look.schema,
 }
 for _name, _function in COMMANDS.items():
-    app.command(_name)(_function)
-data.command("list")(cli_look.list_)
-data.command("check")(cli_look.check)
+    app.command(_name, cls=Command)(_function)
+data.command("list", cls=Command)(cli_look.list_)
+data.command("check", cls=Command)(cli_look.check)
 
 
 @app.callback()
@@ -108,3 +109,7 @@ def _read_user_settings() -> None:
 def _is_ours(error: BaseException) -> bool:
     """Whether the error is one that our code raises on purpose, as the ledger's."""
     return type(error).__module__.startswith(("orchestrator.", "trainers.", "analysis."))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

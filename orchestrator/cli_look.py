@@ -19,12 +19,14 @@ from orchestrator.cli_options import (
     TrackingUri,
     TrialName,
     fetch,
+    say_where,
 )
 
 FAULTY = 1
 
 
 def plan(
+    context: typer.Context,
     file: SweepFile,
     set_: Overrides = None,
     name: Annotated[str | None, typer.Option(help="Name instead of the file's.")] = None,
@@ -45,6 +47,7 @@ def plan(
     """Show the trials of a sweep, what exists already, what it takes and can show; starts nothing but dry steps."""
     from orchestrator import show_plan
 
+    say_where(context, storage)
     show_plan.plan(
         show_plan.Asked(
             file=file,
@@ -62,6 +65,7 @@ def plan(
 
 
 def status(
+    context: typer.Context,
     sweep: OneOrAll = None,
     storage: Storage = RUNS,
     state: State = None,
@@ -74,10 +78,12 @@ def status(
     """Show who runs a sweep, how far its trials are, and what they have spent."""
     from orchestrator import status as command
 
+    say_where(context, storage)
     command.status(command.Asked(sweep, storage, state or storage, failures, json_, watch))
 
 
 def logs(
+    context: typer.Context,
     trial: TrialName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on while the trial runs.")] = False,
     attempt: Annotated[int | None, typer.Option(min=1, help="Of this attempt only.")] = None,
@@ -87,6 +93,7 @@ def logs(
     """Print the log of a trial, attempt by attempt and rank by rank."""
     from orchestrator import inspect
 
+    say_where(context, storage)
     inspect.logs(trial, storage, state or storage, attempt=attempt, follow=follow)
 
 

@@ -6,16 +6,56 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 _URI = "orchestrate.remote"  # in a command's context: the URI of its storage
 RUNS = Path("runs")
+
+# What stands before :// in the URIs of file systems that pyarrow has.
+_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
+
+
+class Command(TyperCommand):
+    """A command that says of a wrong value what was given and what is allowed, as of one in a file."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        """As typer's.
+
+        Raises:
+            ValueError: the value of an option or argument is not allowed.
+        """
+        try:
+            return super().make_context(*args, **extra)
+        except typer.BadParameter as error:
+            from pydantic import ValidationError
+
+            if error.param is None or not isinstance(error.__cause__, ValidationError):
+                raise
+            raise ValueError(_refused(error.param, error.__cause__.errors()[0]["input"])) from error
+
+
+def _refused(param: Any, given: object) -> str:
+    """The sentence about a value that the option or argument `param` does not allow."""
+    from pydantic import Field
+    from pydantic.fields import FieldInfo
+
+    from trainers.explain import allowed_values, did_you_mean
+
+    name = max(param.opts, key=len)
+    choices = param.type_descriptor.choices
+    if choices:
+        names = [str(choice) for choice in choices]
+        return f"{name} is {given}; allowed: {', '.join(names)}{did_you_mean(str(given), names)}"
+    limits = Field(ge=param.min, le=param.max)
+    info = FieldInfo.from_annotated_attribute(param.type_descriptor.annotation, limits)
+    return f"{name} is {given}; allowed: {allowed_values(info)}"
 
 
 def _folder_of(context: typer.Context, given: Any) -> Path:
     """The folder that `--storage` names: this machine's copy, which lies in the state folder, where it is a URI."""
     if "://" not in str(given):
         return Path(given)
-    context.meta[_URI] = str(given)
+    context.meta[_URI] = _checked(str(given))
     return Path(context.params.get("state") or RUNS)
 
 
@@ -65,6 +105,33 @@ def remote(context: typer.Context) -> str | None:
     """The URI of the running command's storage, or None where that is a folder."""
     uri: str | None = context.meta.get(_URI)
     return uri
+
+
+def _checked(uri: str) -> str:
+    """`uri`, if its kind is known and it carries no secret; the store itself is not asked.
+
+    Raises:
+        ValueError: it is not.
+    """
+    from orchestrator.remote import checked
+
+    scheme = uri.partition("://")[0]
+    if scheme not in _SCHEMES:
+        raise ValueError(
+            f"storage {checked(uri)} cannot be used: {scheme}:// is not known; allowed: a folder, s3://BUCKET/PREFIX, "
+            "gs://, abfs:// or hdfs://"
+        )
+    return checked(uri)
+
+
+def say_where(context: typer.Context, storage: Path) -> None:
+    """Say on stderr that a command which asks no store is about to show this machine's copy, `storage`, of one."""
+    uri = remote(context)
+    if uri is not None:
+        from orchestrator.tracking_records import redact
+
+        message = f"this is this machine's copy, {storage}, of {redact(uri)}; `sweep` and `report` bring what it lacks"
+        typer.echo(message, err=True)
 
 
 def fetch(context: typer.Context, sweep: str, storage: Path) -> None:

@@ -20,6 +20,7 @@ from orchestrator.cli_options import (
     TrackingUri,
     TrialName,
     remote,
+    say_where,
 )
 
 
@@ -137,18 +138,21 @@ def submit(
 
 
 def set_(
+    context: typer.Context,
     sweep: Annotated[str, typer.Argument(help="A running sweep's name.")],
     max_concurrent: Annotated[int, typer.Option(min=0, help="Most trials at a time; 0 starts no more for now.")],
     storage: Storage = RUNS,
     state: State = None,
 ) -> None:
-    """Change how many trials of a running sweep run at a time."""
+    """Change how many trials of a running sweep run at a time; 0 is a pause: those that run go on, none begins."""
     from orchestrator import concurrency
 
+    say_where(context, storage)
     concurrency.set_concurrency(sweep, max_concurrent, storage, state or storage)
 
 
 def stop(
+    context: typer.Context,
     trial: TrialName,
     storage: Storage = RUNS,
     state: State = None,
@@ -156,4 +160,5 @@ def stop(
     """Ask a running trial to checkpoint and end as `stopped`."""
     from orchestrator import inspect
 
+    say_where(context, storage)
     inspect.stop(trial, storage, state or storage)

@@ -122,7 +122,7 @@ def _layouts(options: Options) -> list[SweepLayout]:
 
 def _is_sweep(layout: SweepLayout) -> bool:
     inside = layout.root.parent == layout.storage and layout.ledger.parent.parent == layout.state
-    return inside and any(path.is_file() for path in (layout.ledger, layout.plan, layout.sweep_file))
+    return inside and (layout.ledger.exists() or any(path.is_file() for path in (layout.plan, layout.sweep_file)))
 
 
 def _machine(options: Options) -> Iterator[Finding]:
@@ -165,11 +165,14 @@ def _sweep(layout: SweepLayout, options: Options, report: Report) -> None:
 
 def _checks(layout: SweepLayout, ledger: Ledger, clock: Clock, options: Options, report: Report) -> None:
     """All checks of a sweep that nobody runs, each after the one before has mended what it found."""
+    is_whole = options.remote is None or options.fix  # else this machine has only a part of the sweep's files
     checks: Sequence[Callable[[], Iterator[Finding]]] = (
         lambda: doctor_processes.check_processes(ledger),
+        lambda: doctor_processes.check_programs(layout.root),
         lambda: doctor_ledger.check_running(ledger),
         lambda: doctor_ledger.check_folders(layout, ledger, clock),
         lambda: doctor_ledger.check_published(layout, ledger),
+        lambda: doctor_ledger.check_recorded(layout, ledger) if is_whole else iter(()),
         lambda: doctor_files.check_checkpoints(layout, ledger, running=False),
         lambda: doctor_files.check_leftovers(layout, ledger),
         lambda: doctor_machine.check_room(layout, ledger),

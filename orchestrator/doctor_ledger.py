@@ -8,14 +8,22 @@ from pathlib import Path
 
 from orchestrator import publish, rebuild
 from orchestrator.finding import Finding, shortened
+from orchestrator.import_results import is_imported
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger, LedgerError
 from orchestrator.ledger_schema import OVER, TrialRow
+
+_ALWAYS = ("token_norms.parquet", "token_statistics.parquet")  # what our trainers record of every trial
+_ANEW = "orchestrate sweep FILE --rerun makes it anew, with all other trials of the sweep"
 
 
 def check_file(layout: SweepLayout) -> Iterator[Finding]:
     """The ledger is there, whole, and of this version."""
     path = layout.ledger
+    if path.is_dir():
+        remedy = f"sets it aside as {path.name}.damaged and rebuilds the ledger from the trial folders"
+        yield Finding("ledger", str(path), "a folder is where the ledger should be", remedy, lambda: _rebuild(layout))
+        return
     if not path.is_file():
         yield Finding(
             "ledger",
@@ -100,7 +108,20 @@ def _check_records(trial: TrialLayout, row: TrialRow) -> Iterator[Finding]:
     for path in publish.records_in(trial.root):
         if path.relative_to(trial.root) not in of_attempt and path.suffix == ".parquet" and not _is_readable(path):
             what = f"{row.name}: the file is damaged, and the attempt that wrote it is gone"
-            yield Finding("records", str(path), what, "orchestrate sweep --rerun makes it anew")
+            yield Finding("records", str(path), what, _ANEW)
+
+
+def check_recorded(layout: SweepLayout, ledger: Ledger) -> Iterator[Finding]:
+    """What our own trainers record of every trial that they finish is there, in its folder or in its attempt's."""
+    for row in ledger.rows(in_plan_only=False):
+        if row.state != "finished" or row.config.get("command") is not None or is_imported(row):
+            continue
+        trial = layout.trial(row.trial_id)
+        places = (trial.root, trial.attempt(row.attempts))
+        lost = [name for name in _ALWAYS if not any((place / name).is_file() for place in places)]
+        if lost:
+            what = f"{row.name}: {' and '.join(lost)} of a finished trial are gone, as may be other records"
+            yield Finding("records", str(trial.root), what, _ANEW)
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Checks of doctor: training processes on this machine that a dead driver left."""
+"""Checks of doctor: processes of trials on this machine that a dead driver left."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from orchestrator import ledger_attempts
-from orchestrator.finding import Finding
+from orchestrator.finding import Finding, shortened
 from orchestrator.ledger import Ledger
 
 _PROC = Path("/proc")
 _RAYLET = b"RAY_RAYLET_PID="  # begins what a Ray worker has in its environment
+_ATTEMPT = b"ORCHESTRATE_DIRECTORY="  # begins what a program, its guard and all that came of them have there
 # What Ray calls the processes of our actors: a trial's is named by Tune's wrapper of it while it is at work.
 _OURS = ("ray::ThinTrial", "ray::ResourceTrainable", "ray::Rank")
 _ROUNDING_S = 1.0  # of the boot time, from which the start of a process is counted
@@ -55,13 +56,17 @@ def _boot_time() -> float:
 
 def _raylet(folder: Path) -> int | None:
     """The node process that a Ray worker was started by; None where there is none, or that is not ours to read."""
+    number = _variable(folder, _RAYLET) or b""
+    return int(number) if number.isdigit() else None
+
+
+def _variable(folder: Path, begin: bytes) -> bytes | None:
+    """What of a process's environment follows `begin`; None where nothing does, or that is not ours to read."""
     try:
         pairs = (folder / "environ").read_bytes().split(b"\0")
     except OSError:
         return None
-    found = next((pair for pair in pairs if pair.startswith(_RAYLET)), None)
-    number = b"" if found is None else found.removeprefix(_RAYLET)
-    return int(number) if number.isdigit() else None
+    return next((pair.removeprefix(begin) for pair in pairs if pair.startswith(begin)), None)
 
 
 def check_processes(ledger: Ledger) -> Iterator[Finding]:
@@ -73,7 +78,7 @@ def check_processes(ledger: Ledger) -> Iterator[Finding]:
     """
     for process in _of_attempts(ledger).values():
         what = f"{process.command} of a dead driver of this sweep still runs"
-        mend = partial(end, process, _LEAVE_S)
+        mend = partial(end, [process], _LEAVE_S)
         yield Finding("processes", f"process {process.pid}", what, "ends it, and with it its ranks", mend)
 
 
@@ -83,6 +88,43 @@ def check_orphans() -> Iterator[Finding]:
         if process.raylet is not None and read_process(process.raylet) is None:
             what = f"{process.command} still runs, but the Ray node that began it is gone"
             yield Finding("processes", f"process {process.pid}", what, f"kill {process.pid} ends it")
+
+
+def check_programs(root: Path) -> Iterator[Finding]:
+    """No process of a program is left whose attempt is below `root`; call it where nobody runs the sweep."""
+    left = of_programs(root)
+    if left:
+        shown = shortened([f"{process.pid} {process.command[:60]}" for process in left])
+        what = f"{len(left)} processes of programs of a dead driver of this sweep still run ({shown})"
+        yield Finding("processes", str(root), what, "ends them", partial(end, left, _LEAVE_S))
+
+
+def of_programs(root: Path) -> list[Process]:
+    """Processes of this machine that came of programs whose attempts are below `root`, but for this one and those
+    above it.
+    """
+    above, pid = {os.getpid()}, os.getppid()
+    while pid > 0 and (parent := _parent(pid)) is not None:
+        above.add(pid)
+        pid = parent
+    found = [read_process(pid) for pid in _pids() if pid not in above and _is_below(root, _PROC / str(pid))]
+    return [process for process in found if process is not None]
+
+
+def _is_below(root: Path, process: Path) -> bool:
+    directory = _variable(process, _ATTEMPT)
+    return directory is not None and Path(os.fsdecode(directory)).is_relative_to(root)
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _pids() -> list[int]:
+    return sorted(int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
 
 
 def _of_attempts(ledger: Ledger) -> dict[int, Process]:
@@ -97,22 +139,23 @@ def _of_attempts(ledger: Ledger) -> dict[int, Process]:
 
 
 def _our_actors() -> list[Process]:
-    pids = sorted(int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit())
-    found = (read_process(pid) for pid in pids)
+    found = map(read_process, _pids())
     return [process for process in found if process is not None and process.command.startswith(_OURS)]
 
 
-def end(process: Process, seconds: float) -> None:
-    """End a process: asked first, and killed where it is there after so many seconds.
+def end(processes: Sequence[Process], seconds: float) -> None:
+    """End processes: asked first, and killed where they are there after so many seconds.
 
     Raises:
-        OSError: it is another user's.
+        OSError: one is another user's.
     """
     deadline = time.monotonic() + seconds
-    _signal(process, signal.SIGTERM)
-    while _is_alive(process) and time.monotonic() < deadline:
+    for process in processes:
+        _signal(process, signal.SIGTERM)
+    while any(map(_is_alive, processes)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    _signal(process, signal.SIGKILL)
+    for process in processes:
+        _signal(process, signal.SIGKILL)
 
 
 def _signal(process: Process, number: signal.Signals) -> None:

@@ -13,8 +13,9 @@ from orchestrator.import_results import is_imported
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import TrialRow
-from orchestrator.tracking import Sink, default_tracking_uri
+from orchestrator.tracking import Sink, default_tracking_uri, is_beside
 from orchestrator.tracking_records import check_tracking_uri, filter_key, redact
+from orchestrator.tracking_runs import adopt, key_of
 from orchestrator.tracking_store import Gone, Refused, Run, Store, Unavailable, environment
 
 _TIMEOUT_S = 10.0
@@ -72,11 +73,10 @@ def check_runs(tracked: Tracked, ledger: Ledger) -> Iterator[Finding]:
 def _problems(tracked: Tracked, ledger: Ledger) -> Iterator[str | Exception]:
     rows = {row.trial_id: row for row in ledger.rows(in_plan_only=False)}
     known = ledger.meta("mlflow") or {}
-    delivered_to = bool(known)  # imported results are fed once their sweep is run
     lacking = [
         delivery
         for delivery in ledger.undelivered(leaving=True)
-        if delivered_to or not is_imported(rows[delivery.trial_id])
+        if delivery.run_id is not None or not is_imported(rows[delivery.trial_id])  # fed when their sweep is run next
     ]
     if lacking:
         points = sum(delivery.pending for delivery in lacking)
@@ -88,15 +88,17 @@ def _problems(tracked: Tracked, ledger: Ledger) -> Iterator[str | Exception]:
         return
     try:
         with environment(_TIMEOUT_S):
-            found = _found(tracked, str(known["experiment_id"])) if "experiment_id" in known else []
+            found = _found(tracked, known) if "experiment_id" in known else []
     except (Unavailable, Gone, Refused) as error:
         yield error
         return
     yield from compare(rows, found)
 
 
-def _found(tracked: Tracked, experiment_id: str) -> list[Run]:
-    return Store(tracked.uri, tracked.layout.state).find(experiment_id, "sweep_key", tracked.sweep_key)
+def _found(tracked: Tracked, known: Mapping[str, Any]) -> list[Run]:
+    store = Store(tracked.uri, tracked.layout.state)
+    key = key_of(store, known.get("parent_run_id")) if is_beside(tracked.uri, tracked.layout.state) else None
+    return store.find(str(known["experiment_id"]), "sweep_key", key or tracked.sweep_key)
 
 
 def compare(rows: Mapping[str, TrialRow], found: list[Run]) -> Iterator[str]:
@@ -156,7 +158,11 @@ def recover(tracked: Tracked, ledger: Ledger) -> None:
         return
     with environment(_TIMEOUT_S):
         store = Store(tracked.uri, tracked.layout.state)
-        found = store.find(store.experiment(tracked.layout.name), "sweep_key", tracked.sweep_key)
+        experiment = store.experiment(tracked.layout.name)
+        if is_beside(tracked.uri, tracked.layout.state):
+            parent = _read_json(tracked.layout.mlflow_map).get("parent_run_id")
+            adopt(store, experiment, parent, tracked.sweep_key, redact(tracked.storage_key))
+        found = store.find(experiment, "sweep_key", tracked.sweep_key)
         trials = [run for run in found if run.tags.get("role") == "trial"]
         newest = {run.tags.get("trial_id", ""): run for run in sorted(trials, key=_generation)}
         for row in ledger.rows(in_plan_only=False):

@@ -33,7 +33,8 @@ def sweep(options: Options) -> int:
         SweepHeld: another process runs this sweep.
         ValueError: data, cluster or tracking URI cannot be used.
     """
-    return run_sweep(spec.read_sweep(options.file, smoke_overrides(options), options.name), options)
+    known = options.state if options.remote is None else None  # sweeps to learn from may lie in remote storage alone
+    return run_sweep(spec.read_sweep(options.file, smoke_overrides(options), options.name, known), options)
 
 
 def run_sweep(asked: spec.Sweep, options: Options) -> int:

@@ -55,6 +55,7 @@ def import_results(asked: Request) -> None:
     layout = SweepLayout(asked.storage.resolve(), asked.state.resolve(), name)
     known = _read_plan(layout.plan)
     axes = _axes(asked, results, known)
+    _check_primary(asked, results, layout)
     plan = _new_plan(asked, name, axes, results, known, has_file=layout.sweep_file.is_file())
     layout.root.mkdir(parents=True, exist_ok=True)
     with Ledger.open(layout.ledger) as ledger:
@@ -155,9 +156,6 @@ def _new_plan(
         raise ValueError(f"{name} is the sweep of a file, which says its question, baseline and primary metrics")
     before = known or {"sweep": name, "question": "", "seeds": [], "baseline": None, "primary": [], "scheduler": None}
     seeds = list(dict.fromkeys([*before.get("seeds", []), *(result.seed for result in results)]))
-    for metric in asked.primary:
-        if not is_metric(metric):
-            raise ValueError(f"--primary {metric}: it is no name of a metric, such as test/top1")
     return {
         **before,
         "question": asked.question or before["question"],
@@ -166,6 +164,26 @@ def _new_plan(
         "baseline": _baseline(asked.baseline, axes) or before["baseline"],
         "primary": list(asked.primary) or before["primary"],
     }
+
+
+def _check_primary(asked: Request, results: Sequence[Result], layout: SweepLayout) -> None:
+    """Primary metrics have values in the file, or in the sweep that it extends. Raises ValueError."""
+    known = list(dict.fromkeys(metric for result in results for _, metric in result.points))
+    for metric in asked.primary:
+        if not is_metric(metric):
+            raise ValueError(f"--primary {metric}: it is no name of a metric, such as test/top1")
+        if metric not in known and metric not in _metrics(layout):
+            guess = did_you_mean(metric, known) or f"; it has {', '.join(known)}"
+            raise ValueError(f"--primary {metric}: {asked.file} has no values of {metric}{guess}")
+
+
+def _metrics(layout: SweepLayout) -> set[str]:
+    """Names of all metrics that the trials of a sweep have."""
+    if not layout.ledger.is_file():
+        return set()
+    with Ledger.open(layout.ledger, writer=False) as ledger:
+        rows = ledger.rows(in_plan_only=False)
+        return {metric for row in rows for _, metric, _ in ledger.metrics(row.trial_id)}
 
 
 def _baseline(given: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

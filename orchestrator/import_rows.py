@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -26,6 +27,7 @@ _MISSING = frozenset({"", "null", "none", "na", "n/a"})  # an empty cell, and ho
 _WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")  # 007 is a text
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
+_REMEDY = ", by which its cell would be known; give one, or leave the row or, by --ignore, the column out"
 _LONG = ("metric", "name")  # a column that names the metric of `value`
 _MOST_STEP = 2**63 - 1
 _MOST_PROBLEMS = 50
@@ -72,7 +74,23 @@ def _rows(path: Path) -> tuple[list[str], Iterator[Row]]:
             return _csv(path)
         return _json_lines(path)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is no UTF-8 text ({error})") from error
+        raise ValueError(f"{path}: it is no UTF-8 text, as a table must be{_encoding(path)} ({error})") from error
+
+
+def _encoding(path: Path) -> str:
+    """What a text that is no UTF-8 most likely is, and what is to be done."""
+    begin = path.read_bytes()[:1000]
+    utf16 = begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in begin
+    like = "UTF-16" if utf16 else "Latin-1 or Windows-1252"
+    return f"; save it as UTF-8: it looks like {like}, which iconv or an editor converts"
+
+
+def _text(path: Path) -> str:
+    """The content of a text. Raises UnicodeDecodeError where it is no UTF-8; a zero byte is UTF-16 without a mark."""
+    content = path.read_bytes()
+    if (zero := content.find(b"\0")) >= 0:
+        raise UnicodeDecodeError("utf-8", content, zero, zero + 1, "a zero byte")
+    return content.decode("utf-8-sig")
 
 
 def _parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
@@ -87,12 +105,13 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[Row]]:
 
 
 def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
-    text = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+    text = io.StringIO(_text(path), newline="")
     reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     rows: list[Row] = []
     problems: list[Problem] = []
     try:
         columns = [name.strip() for name in next(reader, [])]
+        _check_separator(path, columns)
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
@@ -107,10 +126,24 @@ def _csv(path: Path) -> tuple[list[str], Iterator[Row]]:
     return columns, iter(rows)
 
 
+def _check_separator(path: Path, columns: Sequence[str]) -> None:
+    """A head of one column that has another separator in it was not meant so, since a table needs two columns.
+
+    Raises:
+        SpecError: it is such a head.
+    """
+    wanted = "tabs" if path.suffix == ".tsv" else "commas"
+    for separator, name in {";": "semicolons", "\t": "tabs", ",": "commas", "|": "bars"}.items():
+        if len(columns) == 1 and separator in columns[0] and name != wanted:
+            message = f"the head is one column, {shown(columns[0])}; it looks separated by {name}, not by {wanted}"
+            advice = "save it with commas as .csv, or with tabs as .tsv"
+            raise SpecError([Problem(str(path), 1, f"{message}; {advice}")])
+
+
 def _json_lines(path: Path) -> tuple[list[str], Iterator[Row]]:
     rows: list[Row] = []
     problems: list[Problem] = []
-    for number, text in enumerate(path.read_bytes().decode("utf-8-sig").split("\n"), 1):
+    for number, text in enumerate(_text(path).split("\n"), 1):
         if not text.strip():
             continue
         try:
@@ -202,8 +235,16 @@ class _Table:
             values = _of_one_kind(values, raw)
         checked = []
         for (line, _), value, text in zip(self._rows, values, raw, strict=True):
+            if value is None and not self._may_lack(name, text):
+                self._report(line, f"the column {shown(column)} has no value{_REMEDY}")
             checked.append(None if value is None else self._checked(line, name, value, text))
         return checked
+
+    def _may_lack(self, name: str, given: Any) -> bool:
+        """Whether null is a value of the setting. A free column takes any, but one that is said: not an empty cell."""
+        if name.startswith("program."):
+            return not isinstance(given, str) or bool(given.strip())
+        return not check(name, None)[1]
 
     def _checked(self, line: int, name: str, value: Any, raw: Any) -> Any:
         whole = int(value) if isinstance(value, float) and value.is_integer() else value  # 4.0 beside empty cells

@@ -307,6 +307,10 @@ class Ledger(LedgerFile):
         sql = "SELECT step, name, value FROM current_metrics WHERE trial_id = ? ORDER BY step, name"
         return [(row[0], row[1], _value(row[2])) for row in self._read(sql, (trial_id,))]
 
+    def furthest(self, trial_id: str) -> int:
+        """The last step that any attempt of a trial has reported, also where a later one was set back; 0 for none."""
+        return int(self._read("SELECT coalesce(max(step), 0) FROM metrics WHERE trial_id = ?", (trial_id,))[0][0])
+
     def reported(self, name: str) -> set[str]:
         """Ids of the trials that have a value of the metric `name`."""
         return {row[0] for row in self._read("SELECT DISTINCT trial_id FROM metrics WHERE name = ?", (name,))}

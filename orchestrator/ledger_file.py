@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from orchestrator.holder import Hold
 from orchestrator.ledger_schema import MIGRATIONS, SCHEMA_VERSION
+from orchestrator.who_runs import holder_of
 
 _BUSY_S = 10.0  # readers meet a writer only for the moment of a checkpoint
 
@@ -104,7 +105,7 @@ class LedgerFile:
             except sqlite3.OperationalError:  # locked, or a full disk: the file is whole
                 raise
             except sqlite3.DatabaseError as error:
-                raise LedgerError(f"{self.path} is damaged inside ({error}); see orchestrate doctor") from error
+                raise LedgerError(f"{self.path} is damaged inside ({error}); {_mended(self.path)}") from error
 
     # Of the sweep as a whole
 
@@ -117,6 +118,18 @@ class LedgerFile:
         """Keep a JSON value under `key`."""
         with self._change() as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"sweep/{key}", json.dumps(value)))
+
+
+def _mended(path: Path) -> str:
+    """What makes a damaged ledger whole."""
+    return f"orchestrate doctor {path.parent.name} --fix makes it anew from the trial folders"
+
+
+def _why_empty(path: Path) -> str:
+    holder = holder_of(path.with_suffix(".lock"))
+    if holder is not None and holder.alive:
+        return f"{path} is empty; the sweep is only just being started by {holder}"
+    return f"{path} is empty and nobody runs the sweep; {_mended(path)}, and so does running the sweep again"
 
 
 def _connect(path: Path, mode: str) -> sqlite3.Connection:
@@ -140,8 +153,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
         raise LedgerError(f"{path} cannot be used now ({error})") from error
     except sqlite3.DatabaseError as error:
         connection.close()
-        advice = "move it away and run the sweep again, which takes finished trials from their folders"
-        raise LedgerError(f"{path} cannot be read ({error}); {advice}") from error
+        raise LedgerError(f"{path} cannot be read ({error}); {_mended(path)}") from error
     except BaseException:
         connection.close()
         raise
@@ -157,7 +169,7 @@ def _prepare(connection: sqlite3.Connection, path: Path, create: bool) -> None:
         )
     if not create:
         if version == 0:
-            raise LedgerError(f"{path} is empty; the sweep is only just being started")
+            raise LedgerError(_why_empty(path))
         if version < SCHEMA_VERSION:
             raise LedgerError(f"{path} is of an older version of this program; running its sweep again updates it")
         return

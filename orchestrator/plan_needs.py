@@ -11,11 +11,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.budget import Spent
 from orchestrator.estimate import checkpoint_bytes, num_gpus, state_bytes
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import TrialRow
 from orchestrator.measured import Sample, need, settled
-from orchestrator.plan import Plan, PlannedTrial
+from orchestrator.plan import Plan, PlannedTrial, cell_text, plain_cell
+from orchestrator.seeds import baseline_of
+from orchestrator.sweep import Budget
 
 _GB = 1e9
 _MOST_FOLDERS = 20  # of finished trials whose files are counted
@@ -181,3 +184,44 @@ def of_seeds(plan: Plan) -> list[str]:
         f"each cell gets up to {more.most} seeds, {more.first} at first, until the interval of its difference in "
         f"{metric} is ± {width:g}{points} or narrower; more seeds are not in the estimate"
     ]
+
+
+def of_baseline(plan: Plan) -> list[str]:
+    """That `exclude` takes from some cells the one that they would differ from."""
+    baseline = plan.sweep.model_dump(mode="json")["baseline"]
+    if baseline is None or not plan.sweep.exclude:
+        return []
+    cells = [plain_cell(cell) for cell in plan.cells]
+    baselines = [cell for cell in cells if all(cell[name] == value for name, value in baseline.items())]
+    alone = [cell for cell in cells if baseline_of(cell, baselines, baseline) is None]
+    if not alone:
+        return []
+    return [
+        f"{len(alone)} of {len(cells)} cells have no baseline cell, so they get no difference; the first is "
+        f"{cell_text(alone[0])}"
+    ]
+
+
+def of_budget(
+    budget: Budget | None, spent: Spent, begun: Collection[str], waiting: Sequence[PlannedTrial]
+) -> str | None:
+    """What is used of a sweep's budget, and how many of the trials that wait it lets begin; None without one.
+
+    Args:
+        budget: of the sweep file.
+        spent: by all runs so far.
+        begun: ids of trials that count already; those of them that wait may go on.
+        waiting: trials to run.
+    """
+    if budget is None:
+        return None
+    units = {"trials": "trials", "gpu_hours": "GPU-hours", "hours": "hours"}
+    limits = {name: limit for name in units if (limit := getattr(budget, name)) is not None}
+    used = ", ".join(f"{getattr(spent, name):.4g} of {limit:g} {units[name]}" for name, limit in limits.items())
+    known = sum(trial.trial_id in begun for trial in waiting)
+    room = len(waiting) if budget.trials is None else known + max(0, budget.trials - len(begun))
+    if any(getattr(spent, name) >= limit for name, limit in limits.items() if name != "trials"):
+        room = 0
+    if room >= len(waiting):
+        return f"budget: {used} used"
+    return f"budget: {used} used; {f'{room} of {len(waiting)} trials run' if room else 'nothing begins'}"

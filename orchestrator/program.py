@@ -62,11 +62,7 @@ class _Files:
 
 
 def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop: Callable[[], str | None]) -> Outcome:
-    """Run the command of `job` as attempt `number`; what its first rank's program reports is the trial's.
-
-    Raises:
-        ValueError: there is no such program.
-    """
+    """Run the command of `job` as attempt `number`; what its first rank's program reports is the trial's."""
     rank = int(os.environ.get("RANK", "0")) if job.ranks > 1 else 0
     files, execution = _Files(layout.attempt(number), rank), job.config["execution"]
     settings = {name: value for name, value in job.config.items() if name != "command" and not is_execution(name)}
@@ -75,7 +71,9 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
     root = Path(execution.get("program_root") or Path.cwd()).expanduser().resolve()
     environment = _environment(job, layout, files)
     command = filled(job.config["command"], _placeholders(settings, files))
-    _check(command[0], root, environment["PATH"])
+    if (wrong := _wrong(command[0], root, environment["PATH"])) is not None:
+        log.error("%s", wrong)
+        return Outcome("failed", error={"type": "NoProgram", "message": wrong, "traceback": ""})
     _say(command, root)
     lines = ProgramReport(files.report)
     try:
@@ -134,18 +132,19 @@ def _word(value: Any) -> str:
     return ",".join(map(_word, value)) if isinstance(value, list | tuple) else json.dumps(value)
 
 
-def _check(program: str, root: Path, path: str) -> None:
-    """That the first word of a command is a program. Raises ValueError with what is wrong."""
+def _wrong(program: str, root: Path, path: str) -> str | None:
+    """Why the first word of a command is no program; None where it is one."""
     if "/" not in program:
-        if shutil.which(program, path=path) is None:
-            here = f"; did you mean ./{program}?" if (root / program).is_file() else ""
-            raise ValueError(f"there is no program {program} on the PATH{here}")
-        return
+        if shutil.which(program, path=path) is not None:
+            return None
+        here = f"; did you mean ./{program}?" if (root / program).is_file() else ""
+        return f"there is no program {program} on the PATH{here}"
     file = root / Path(program).expanduser()
     if not file.is_file():
-        raise ValueError(f"the program {program} is not in {root}; execution.program_root says where commands are run")
+        return f"the program {program} is not in {root}; execution.program_root says where commands are run"
     if not os.access(file, os.X_OK):
-        raise ValueError(f"{file} may not be executed; chmod +x it, or name what runs it, as in [sh, {program}]")
+        return f"{file} may not be executed; chmod +x it, or name what runs it, as in [sh, {program}]"
+    return None
 
 
 def _say(command: Sequence[str], root: Path) -> None:

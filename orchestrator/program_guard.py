@@ -2,9 +2,12 @@
 
     python -I -S program_guard.py FD WORD…
 
-FD is the reading end of a pipe whose writing end only the asking process has. When that closes, and when the program
+FD is one end of a socket or pipe whose other end only the asking process has. When that closes, and when the program
 ends, every process that came of it is killed, also one that left its session. The exit code is the program's; where a
 signal killed it, the same one kills this process.
+
+The guard is two processes, one below the other, each of which ends everything where the other one is killed: Ray kills
+the children of a worker that loses its driver, before the worker itself ends, but not the children of these.
 """
 
 from __future__ import annotations
@@ -27,17 +30,34 @@ def main(lifeline: int, command: list[str]) -> int:
     """Run `command` until it ends or `lifeline` closes; the exit code, 128 + n of one that signal n killed."""
     os.set_inheritable(lifeline, False)
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans among its descendants become children of this process
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # meant for the program, whose process group this one is in
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans among its descendants become children of this process
+    outer = os.pidfd_open(os.getpid())
+    inner = os.fork()
+    if inner == 0:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        return _guarded(libc, [lifeline, outer], command)
+    return _end_as(inner)
+
+
+def _guarded(libc: ctypes.CDLL, needed: list[int], command: list[str]) -> int:
+    """In the inner process: run `command` until it ends, or one of the `needed` descriptors says that something is gone
+    without which it may not go on.
+    """
     child = os.fork()
     if child == 0:
         _become(libc, command)
     ended = os.pidfd_open(child)
-    ready, _, _ = select.select([lifeline, ended], [], [])
+    ready, _, _ = select.select([*needed, ended], [], [])
     if ended not in ready:
         _kill_descendants()
         return _NOT_STARTED
+    return _end_as(child)
+
+
+def _end_as(child: int) -> int:
+    """Wait for a child, kill what else came of it, and end as it did: with its exit code, or of its signal."""
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     _kill_descendants()
     if status < 0:

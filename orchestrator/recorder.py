@@ -109,7 +109,8 @@ class Recorder:
         host, _, pid = event["process"].rpartition(":")
         self._ledger.start_attempt(trial_id, event["attempt"], host, int(pid), self._gpus(trial_id))
         optim = row.config.get("optim", {})  # of a program only what was given
-        self.live[trial_id] = Live(row.name, optim.get("steps"), optim.get("batch_size"), known=row.last_step or 0)
+        known = self._ledger.furthest(trial_id)
+        self.live[trial_id] = Live(row.name, optim.get("steps"), optim.get("batch_size"), known=known)
 
     def _lost(self, trial_id: str, attempt: int, reason: str, *, charged: bool = True) -> None:
         live = self.live.pop(trial_id, None)

@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator import estimate, measured, plan_changes, plan_needs, spec, starting_points
 from orchestrator import plan as plans
+from orchestrator.budget import Budget, Spent
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, LedgerError, TrialRow
 from orchestrator.ledger_schema import STATES
@@ -61,6 +62,7 @@ class _Facts:
     bases: dict[str, int]  # where prices come from, and of how many trials
     disk: plan_needs.Disk
     memory: list[plan_needs.Memory]
+    budget: str | None  # what is used of it, and what that leaves undone
     noise: list[Noise]
     changed: list[str]
     replaced: dict[str, str]
@@ -74,7 +76,7 @@ def plan(asked: Asked) -> None:
         SpecError: the sweep file is wrong.
         ValueError: dry steps failed, or a file of the state folder is not ours.
     """
-    sweep = spec.read_sweep(asked.file, asked.overrides, asked.name)
+    sweep = spec.read_sweep(asked.file, asked.overrides, asked.name, asked.state)
     planned = plans.build_plan(sweep)
     if asked.measure:
         _measure(planned, asked)
@@ -112,7 +114,8 @@ def _facts(planned: Plan, layout: SweepLayout, asked: Asked) -> _Facts:
     at_a_time = asked.max_concurrent or plan_needs.at_a_time(waiting)
     disk = plan_needs.disk(waiting, layout, rows)
     before, unreadable = _as_run(layout) if asked.difference else (None, [])
-    notes += [*planned.notes, *plan_needs.of_seeds(planned), *starting_points.absent(planned.trials, layout.storage)]
+    notes += [*planned.notes, *plan_needs.of_baseline(planned), *plan_needs.of_seeds(planned)]
+    notes += starting_points.absent(planned.trials, layout.storage)
     notes += [*disk.warnings(), *unread, *unreadable]
     cells = [plain_cell(cell) for cell in planned.cells]
     return _Facts(
@@ -128,6 +131,7 @@ def _facts(planned: Plan, layout: SweepLayout, asked: Asked) -> _Facts:
         bases=dict(Counter(price.basis for price in priced).most_common()),
         disk=disk,
         memory=plan_needs.memory(trials, samples, asked.gpu_memory),
+        budget=_budget(planned.sweep, layout, waiting),
         noise=_noise(planned.sweep, trials, [*own, *others]),
         changed=[] if before is None else plan_changes.changes(before, planned.sweep),
         replaced=plan_changes.replaced(planned, rows) if asked.difference else {},
@@ -141,6 +145,16 @@ def _so_far(planned: Plan, layout: SweepLayout) -> tuple[list[TrialRow], Progres
         return [], progress(planned, None)
     with Ledger.open(layout.ledger, writer=False) as ledger:
         return ledger.rows(), progress(planned, ledger)
+
+
+def _budget(sweep: Sweep, layout: SweepLayout, waiting: Sequence[PlannedTrial]) -> str | None:
+    """What earlier runs have spent of the budget; looking at it takes no time of it."""
+    if not layout.ledger.is_file():
+        return plan_needs.of_budget(sweep.budget, Spent(0.0, 0.0, 0), (), waiting)
+    with Ledger.open(layout.ledger, writer=False) as ledger:
+        return plan_needs.of_budget(
+            sweep.budget, Budget(sweep.budget, ledger, lambda: 0.0).spent(), ledger.begun(), waiting
+        )
 
 
 def _other_ledgers(layout: SweepLayout) -> list[tuple[str, Path]]:
@@ -227,7 +241,8 @@ def _lines(facts: _Facts, asked: Asked) -> list[str]:
             lines += [f"  {trial.trial_id} {trial.name}{_instead(trial, facts.replaced)}" for trial in those]
     lines.append(f"no longer planned: {facts.removed}")
     lines += [f"changed: {change}" for change in facts.changed]
-    lines += [*_costs(facts), *(str(memory) for memory in facts.memory), *_shown_by_seeds(facts)]
+    lines += [*_costs(facts), *([] if facts.budget is None else [facts.budget])]
+    lines += [*(str(memory) for memory in facts.memory), *_shown_by_seeds(facts)]
     return lines + [f"note: {note}" for note in facts.notes]
 
 
@@ -287,6 +302,7 @@ def _json(facts: _Facts, asked: Asked) -> dict[str, Any]:
         "no_longer_planned": facts.removed,
         "to_run": {**facts.to_run.to_json(), "hours": clock, "at_a_time": facts.at_a_time, "based_on": facts.bases},
         "disk": asdict(facts.disk),
+        "budget": facts.budget,
         "memory": [asdict(memory) | {"fits": memory.fits} for memory in facts.memory],
         "smallest_difference": {
             "in_standard_deviations": plans.interval_half_width(seeds),

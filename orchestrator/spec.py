@@ -24,11 +24,12 @@ _SIMPLE = ("name", "question", "seeds", "primary", "scheduler", "search", "budge
 _OPTIONAL = ("scheduler", "search", "budget")
 
 
-def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = None) -> Sweep:
+def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = None, state: Path | None = None) -> Sweep:
     """The sweep in the YAML file at `path`, with `KEY=VALUE` overrides in the place of what the file says.
 
     `name` replaces the file's name. Without it, an override of a setting of the trial other than `execution.*`
-    makes another experiment, named NAME@HASH; seeds and axes from the command line extend the same one.
+    makes another experiment, named NAME@HASH; seeds and axes from the command line extend the same one. With `state`,
+    the folder of ledgers, sweeps that a new search is to learn from must be there.
 
     Raises:
         SpecError: with all problems that were found.
@@ -47,6 +48,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
     baseline = spec_checks.check_baseline(draft, parts)
     num_seeds = len(simple.seeds) if more_seeds is None else more_seeds.most
     configs = spec_combinations.check_cells(draft, parts, num_seeds) if parts.axes else []
+    if configs and baseline is not None:
+        spec_combinations.check_baseline_cells(draft, parts, baseline)
     resources = spec_combinations.check_resources(draft, configs)
     spec_combinations.check_primary(draft, configs)
     if more_seeds is not None:
@@ -54,6 +57,8 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
     effective = _effective_name(draft, simple.name, name)
     known = simple.model_copy(update={"name": effective, "more_seeds": more_seeds})
     spec_search.check_search(draft, parts, known, configs, resources)
+    if state is not None and simple.search is not None:
+        spec_search.check_earlier(draft, simple.search, effective, state)
     if draft.problems:
         raise SpecError(draft.problems)
     return Sweep(

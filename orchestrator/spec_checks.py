@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,15 +36,31 @@ class Parts:
 def check_trial(draft: Draft, parts: Parts) -> None:
     """The base configuration, `--set` included."""
     raw = draft.raw.get("trial")
+    if isinstance(raw, dict) and _is_shell_line(draft, raw.get("command"), ("trial", "command")):
+        raw = {name: value for name, value in raw.items() if name != "command"}
     settings = draft.settings(raw, ("trial",), "trial") if raw is not None else {}
     for name, value in draft.set_settings.items():
         place: Path = ("--set", name)
+        if name == "command" and _is_shell_line(draft, value, place):
+            continue
         checked = draft.checked(name, value, place)
         if checked is not None:
             settings[name] = (checked[0], place)
             draft.set_settings[name] = checked[0]
     parts.trial = {name: value for name, (value, _) in settings.items()}
     parts.trial_paths = {name: place for name, (_, place) in settings.items()}
+
+
+def _is_shell_line(draft: Draft, command: object, place: Path) -> bool:
+    """Whether a command is given as one text, as to a shell, which is reported with the list that is meant."""
+    if not isinstance(command, str):
+        return False
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote is not closed
+        words = command.split()
+    draft.report(place, f"command is {shown(command)}; allowed: a list of its words, as in {shown(words or ['sh'])}")
+    return True
 
 
 def check_axes(draft: Draft, parts: Parts) -> None:

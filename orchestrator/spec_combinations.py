@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,17 @@ from orchestrator.cells import Cell
 from orchestrator.draft import Draft, Path, nearest
 from orchestrator.spec_checks import Parts
 from orchestrator.sweep import MAX_TRIALS, MoreSeeds, Resources, is_metric
-from trainers.catalog import MEASUREMENTS, MODEL_SIZES, PROBES, short_name
+from trainers.catalog import MEASUREMENTS, MODEL_SIZES, PROBES, is_dotted_path, short_name
 from trainers.config import TrialConfig, resolve
 from trainers.explain import ConfigError, Fault, did_you_mean, shown
 
 MAX_COMBINATIONS = 50  # distinct impossible combinations that are listed
 
-# First parts of metric names, and what follows `val/` and `test/` besides the names of probes.
+# First parts of metric names, and what the probe `linear` measures besides, after `val/` and `test/`.
 _METRIC_ROOTS = ("train", "val", "test", "tokens", *MEASUREMENTS)
 _METRIC_FAMILIES = ("linear_mean_patch",)
+_RESOURCES_OF_SIZE = "a mapping, as in {cpus: 4, gpus: 0.5}"
+_RESOURCES = f"{_RESOURCES_OF_SIZE}, or one for each model size"
 _DERIVED = ("outlier_fraction_frozen", "common_bias/corloc")  # by the analysis, from all trials together
 
 
@@ -57,6 +59,14 @@ def check_cells(draft: Draft, parts: Parts, num_seeds: int) -> list[TrialConfig]
     return configs
 
 
+def check_baseline_cells(draft: Draft, parts: Parts, baseline: Mapping[str, Any]) -> None:
+    """`exclude` leaves a cell that others differ from; that some others have none a plan notes."""
+    cells = parts.grid().cells()
+    if not any(all(cell.values[name] == value for name, value in baseline.items()) for cell in cells):
+        message = f"exclude leaves no cell of the baseline {shown(dict(baseline))}, so there is nothing to differ from"
+        draft.report(("baseline",), message)
+
+
 def _collect(found: dict[tuple[Path, str], _Impossible], parts: Parts, cell: Cell, fault: Fault) -> None:
     path = _blame(parts, cell, fault.fields)
     if (path, fault.message) in found:
@@ -93,10 +103,17 @@ def check_resources(draft: Draft, configs: list[TrialConfig]) -> Resources | dic
     raw = draft.raw.get("resources")
     if raw is None:
         return Resources()
-    by_size = isinstance(raw, dict) and bool(raw) and (set(raw) & set(MODEL_SIZES) or _all_mappings(raw))
+    if not isinstance(raw, dict):
+        draft.report(("resources",), f"resources is {shown(raw)}; allowed: {_RESOURCES}")
+        return Resources()
+    by_size = bool(raw) and (set(raw) & set(MODEL_SIZES) or _all_mappings(raw))
     if not by_size:
         return draft.validated(Resources, raw, ("resources",)) or Resources()
-    given = {size: draft.validated(Resources, value, ("resources", size)) for size, value in raw.items()}
+    for size, value in raw.items():
+        if not isinstance(value, dict):
+            draft.report(("resources", size), f"resources.{size} is {shown(value)}; allowed: {_RESOURCES_OF_SIZE}")
+    mappings = {size: value for size, value in raw.items() if isinstance(value, dict)}
+    given = {size: draft.validated(Resources, value, ("resources", size)) for size, value in mappings.items()}
     for size in raw:
         if size not in MODEL_SIZES:
             draft.report(
@@ -149,13 +166,14 @@ def not_measured(name: str, configs: list[TrialConfig]) -> str | None:
     if root not in _METRIC_ROOTS:
         return f"; metrics begin with one of {', '.join(_METRIC_ROOTS)}"
     if root in ("val", "test"):
-        probe = "linear" if family == "linear_mean_patch" else family
-        guess = did_you_mean(family, [*PROBES, *_METRIC_FAMILIES])
-        if probe in PROBES and run and probe not in run and not _own_probes(run):
+        probe = "linear" if family in _METRIC_FAMILIES else family
+        own = _own_probes(run) or any(is_dotted_path(config.method) for config in configs)
+        if probe not in PROBES:
+            guess = did_you_mean(family, PROBES) or nearest(family, [*PROBES, *_METRIC_FAMILIES])
+            return None if own or not configs else f", and there is no probe {family}{guess}"
+        if run and probe not in run and not own:
             return f", but evaluation.probes ({', '.join(sorted(run))}) lacks {probe}"
-        if probe not in PROBES and family not in _METRIC_FAMILIES and guess:
-            return f", and there is no probe {family}{guess}"
-        if probe in PROBES and (wrong := _wrong_metric(name, probe, configs)) is not None:
+        if (wrong := _wrong_metric(name, probe, configs)) is not None:
             return f", {wrong}"
     elif root in MEASUREMENTS and measured and root not in measured:
         return f", but tokens.measurements ({', '.join(sorted(measured))}) lacks {root}"

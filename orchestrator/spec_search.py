@@ -6,12 +6,14 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from pathlib import Path as FilePath
 from typing import Any
 
 from pydantic import ValidationError
 
 from orchestrator.cells import Cell
 from orchestrator.draft import Draft, Path, is_execution_setting, nearest
+from orchestrator.layout import SweepLayout
 from orchestrator.search_space import Entry, Params, Space, among, in_order, is_whole, same
 from orchestrator.spec_checks import Parts
 from orchestrator.spec_combinations import not_measured
@@ -85,6 +87,18 @@ def _check_warm_start(draft: Draft, search: Search, name: str) -> None:
     for index, other in enumerate(search.warm_start):
         if other == name:
             draft.report(("search", "warm_start", index), f"search.warm_start has {other}, which is this sweep")
+
+
+def check_earlier(draft: Draft, search: Search, name: str, state: FilePath) -> None:
+    """The sweeps that a search learns from have ledgers in `state`; one that has begun needs them no more."""
+    if search.name != "tpe" or SweepLayout(state, state, name).ledger.is_file():
+        return
+    there = sorted(path.parent.name for path in state.glob(f"*/{SweepLayout(state, state, name).ledger.name}"))
+    for index, other in enumerate(search.warm_start):
+        if other not in there and other != name:
+            hint = nearest(other, there) if there else "; there are no sweeps yet"
+            place: Path = ("search", "warm_start", index)
+            draft.report(place, f"search.warm_start names {other}, a sweep that {state} lacks{hint}")
 
 
 def _checked_ranges(draft: Draft, parts: Parts) -> dict[str, Range]:

@@ -20,6 +20,7 @@ FIRST_SEARCH_SEED = 1000  # far from those of cells, so that a sweep that gets m
 RESERVED_NAMES = ("cache", "mlartifacts", "mlflow.db", "measured.json")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
+_SPACE = "{optim.lr: {low: 1.0e-4, high: 1.0e-2}}"
 _METRIC = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)+")
 
 
@@ -82,6 +83,12 @@ def _modes(value: object) -> object:
     if not modes or not set(map(str, modes)) <= {"max", "min"}:
         raise ValueError(f"is {shown(value)}; allowed: max or min, or a list with one of them for each metric")
     return modes
+
+
+def _space(value: object) -> object:
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"is {shown(value)}; allowed: a mapping of one or more settings, as in {_SPACE}")
+    return value
 
 
 def _number(value: object) -> object:
@@ -187,7 +194,7 @@ class Search(Part):
     per: Literal["cell"] = "cell"
     metric: ValidationMetrics = Field(description="a validation metric, or a list of them")
     mode: Modes = Field(("max",), description="whether more of it is better, or less; a list has one for each metric")
-    space: dict[str, Range] = Field(
+    space: Annotated[dict[str, Range], BeforeValidator(_space)] = Field(
         min_length=1, description="dotted setting: {low, high}, with log or step, or {choices}; any with if"
     )
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_listed)] | None = Field(

@@ -33,6 +33,11 @@ def default_tracking_uri(state: Path) -> str:
     return f"sqlite:///{(state / 'mlflow.db').absolute()}"
 
 
+def is_beside(tracking_uri: str, state: Path) -> bool:
+    """Whether a store is the one in the state folder, which is moved and copied together with the ledgers there."""
+    return tracking_uri == default_tracking_uri(state)
+
+
 def prepare_store(tracking_uri: str, state: Path) -> None:
     """Make the schema of a fresh database under a lock, as has to be before anything else opens it, the UI too.
 
@@ -91,9 +96,12 @@ class Sink:
     def start(self) -> None:
         """Begin to deliver; returns at once. A ledger that fed another store before starts anew with this one."""
         known = self._ledger.meta("mlflow") or {}
-        if known.get("tracking_uri") != redact(self._uri):
+        before, uri = known.get("tracking_uri"), redact(self._uri)
+        if before != uri and is_beside(self._uri, self._state) and Path(str(before)).name == Path(uri).name:
+            self._ledger.set_meta("mlflow", {**known, "tracking_uri": uri})  # perhaps moved; runs are looked for first
+        elif before != uri:
             self._ledger.forget_runs()
-            self._ledger.set_meta("mlflow", {"tracking_uri": redact(self._uri)})
+            self._ledger.set_meta("mlflow", {"tracking_uri": uri})
         self._thread.start()
 
     def notify(self) -> None:
@@ -231,7 +239,8 @@ class Sink:
         if self._store is None:
             self._store = Store(self._uri, self._state)
         if self._runs is None:
-            runs = Runs(self._store, self._ledger, self._sweep, self._storage, self._description, self._check)
+            names, beside = (self._sweep, self._storage, self._description), is_beside(self._uri, self._state)
+            runs = Runs(self._store, self._ledger, *names, self._check, beside=beside)
             runs.reconcile(reader, leaving)
             ids = {"experiment_id": runs.experiment_id, "parent_run_id": runs.parent_id}
             self._ledger.set_meta("mlflow", {"tracking_uri": redact(self._uri), **ids})

@@ -13,13 +13,46 @@ from orchestrator.tracking_store import Run, Store, Unavailable
 _CREATE_TRIES = 3
 
 
+def key_of(store: Store, parent_id: str | None) -> str | None:
+    """The key that the runs of a sweep have whose own run is `parent_id`; None where there is no such run."""
+    return None if parent_id is None else store.tags(parent_id).get("sweep_key")
+
+
+def adopt(store: Store, experiment_id: str, parent_id: str | None, sweep_key: str, storage: str) -> None:
+    """Give the runs of a sweep the key that they have under the name that its storage has now.
+
+    For a store that was moved or copied together with the sweep; the sweep's own run, `parent_id`, comes last, so that
+    what is cut off is made good by the next call.
+    """
+    before = key_of(store, parent_id)
+    if before is None or before == sweep_key:
+        return
+    runs = store.find(experiment_id, "sweep_key", before)
+    for run in sorted(runs, key=lambda run: run.run_id == parent_id):
+        key = {"trial_key": filter_key(sweep_key, run.tags.get("trial_id", ""))}
+        if run.tags.get("role") == "sweep":
+            key = {"parent_key": filter_key("parent", sweep_key), "storage": storage}
+        store.log_texts(run.run_id, params={}, tags=tag_values({"sweep_key": sweep_key, **key}))
+
+
 class Runs:
     """The runs of one sweep in one store. All calls raise the errors of `Store`; any may be made again."""
 
     def __init__(
-        self, store: Store, ledger: Ledger, sweep: str, storage: str, description: str, check: Callable[[], None]
+        self,
+        store: Store,
+        ledger: Ledger,
+        sweep: str,
+        storage: str,
+        description: str,
+        check: Callable[[], None],
+        *,
+        beside: bool = False,
     ) -> None:
-        """Find or make the experiment and the sweep's own run and open that; `check` may raise to end early."""
+        """Find or make the experiment and the sweep's own run and open that; `check` may raise to end early.
+
+        A store that lies `beside` the ledger moves with it: what the ledger knows there is this sweep's.
+        """
         self._store, self._ledger, self._check = store, ledger, check
         self._sweep_key = filter_key(redact(storage), sweep)
         tags = {
@@ -33,6 +66,9 @@ class Runs:
         }
         check()
         self.experiment_id = store.experiment(sweep)
+        if beside:
+            parent = (ledger.meta("mlflow") or {}).get("parent_run_id")
+            adopt(store, self.experiment_id, parent, self._sweep_key, redact(storage))
         self.parent_id = self._one("parent_key", sweep, tag_values(tags), time.time_ns() // 1_000_000)
         self._store.set_status(self.parent_id, "RUNNING", None)
         self._store.log_texts(self.parent_id, params={}, tags=tag_values(tags))

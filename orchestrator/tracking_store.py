@@ -145,6 +145,13 @@ class Store:
             if not token:
                 return sorted(runs, key=lambda run: (run.start_ms, run.run_id))
 
+    def tags(self, run_id: str) -> Mapping[str, str]:
+        """The tags of a run; none where it does not exist."""
+        try:
+            return dict(self._call(lambda: self._client.get_run(run_id)).data.tags)
+        except Gone:
+            return {}
+
     def create(self, experiment_id: str, name: str, tags: Mapping[str, str], start_ms: int) -> str:
         """A new run's id. After Unavailable there may be one all the same: `find` before calling again."""
         create = partial(self._client.create_run, start_time=start_ms, tags=dict(tags), run_name=name[:250])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -47,7 +49,8 @@ def _name(values: Mapping[str, Any], config: TrialConfig, *, whole: bool) -> str
 
 def _program_name(command: Sequence[str], values: Mapping[str, Any], seed: int, *, whole: bool) -> str:
     """The program without the words that only start it, the axes that it is handed, and the seed."""
-    scripts = [word for word in command if word[:1] not in "-{" and PurePath(word).suffix]
+    code = {after for before, after in pairwise(command) if re.fullmatch(r"-\w*c", before)}  # of `sh -c`, `python -c`
+    scripts = [word for word in command if word[:1] not in "-{" and word not in code and PurePath(word).suffix]
     program = PurePath(scripts[0] if scripts else command[0]).stem
     words = [
         _word(axis, value, whole=whole) for axis, value in values.items() if axis != "command" and value is not None

@@ -79,8 +79,10 @@ def test_what_is_freed_is_what_is_said(small: Small, capsys: pytest.CaptureFixtu
     clean.clean(options(small, keep="none"))
     said, freed = capsys.readouterr().out, sum(before.values()) - sum(files(small).values())
     assert dry.replace("would be freed", "freed") == said
-    assert said.splitlines()[-1] == f"{freed / 1e9:,.3f} GB freed"
-    assert freed > 1_000_000
+    assert said.splitlines()[-1] == f"{freed / 1e6:,.2f} MB freed"
+    assert freed > 1_000_000 and " 0.00 " not in said
+    shown = [clean._shown(count) for count in (0, 12, 1_234, 250_000_000)]
+    assert shown == ["0.00 GB", "12.00 bytes", "1.23 kB", "0.25 GB"]
 
 
 def test_records_and_logs_stay_and_nothing_is_run_again(small: Small) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from orchestrator.cli import main
 from orchestrator.ledger import Ledger
 from tests.orchestrator.sweeps import ORCHESTRATE, Small, environment, imported_by, run
 
@@ -77,7 +78,8 @@ def test_a_ledger_that_is_damaged_inside_is_exit_2_without_a_traceback(tmp_path:
     ledger.write_bytes(content[:4096] + b"\x5a" * (len(content) - 4096))
     done = run([*ORCHESTRATE, "status", "mine", "--storage", str(tmp_path)])
     assert done.returncode == 2
-    assert done.stderr.startswith("error: a ledger cannot be read: ") and "orchestrate doctor" in done.stderr
+    assert done.stderr.startswith("error: ") and "orchestrate doctor" in done.stderr
+    assert "Traceback" not in done.stderr and str(ledger) in done.stderr
 
 
 def test_results_are_not_imported_into_this_machines_copy_of_a_store(tmp_path: Path) -> None:
@@ -86,6 +88,49 @@ def test_results_are_not_imported_into_this_machines_copy_of_a_store(tmp_path: P
     done = run([*command, str(tmp_path / "state")])
     assert done.returncode == 2 and "import works on folders" in done.stderr
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "x.yaml", "--max-concurrent", "x"], "--max-concurrent is x; allowed: a whole number of at least 1"),
+        (["plan", "x.yaml", "--gpu-memory", "0"], "--gpu-memory is 0; allowed: a number of at least 0.1"),
+        (["clean", "--older-than", "-1"], "--older-than is -1; allowed: a number of at least 0"),
+        (["clean", "--keep", "lst"], "--keep is lst; allowed: none, last, kept; did you mean last?"),
+        (["ui", "--port", "99999"], "--port is 99999; allowed: a whole number from 1 to 65535"),
+        (["plan", "x.yaml", "--storage", "foo://x"], "storage foo://x cannot be used: foo:// is not known; allowed: a"),
+        (["status", "--storage", "s3x://x"], "storage s3x://x cannot be used: s3x:// is not known; allowed: a folder"),
+    ],
+)
+def test_values_of_options_are_refused_in_our_words(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["orchestrate", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("command", ["plan", "status"])
+def test_a_look_at_a_store_says_that_it_sees_this_machines_copy(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = [str(Small(tmp_path).write())] if command == "plan" else []
+    at = ["--storage", "s3://bucket/x", "--state", str(tmp_path / "state")]
+    monkeypatch.setattr("sys.argv", ["orchestrate", command, *file, *at])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    shown = capsys.readouterr()
+    copy = f"this is this machine's copy, {tmp_path / 'state'}, of s3://bucket/x; `sweep` and `report` bring what it"
+    assert shown.err.startswith(copy) and "copy" not in shown.out
+
+
+@pytest.mark.parametrize("module", ["orchestrator", "orchestrator.cli"])
+def test_the_package_and_the_command_lines_module_run_as_the_command(module: str, tmp_path: Path) -> None:
+    done = run([ORCHESTRATE[0], "-m", module, "status", "--storage", str(tmp_path)])
+    assert (done.returncode, done.stdout.strip()) == (0, f"no sweeps under {tmp_path}")
 
 
 @pytest.mark.slow

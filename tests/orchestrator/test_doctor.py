@@ -247,6 +247,17 @@ def test_published_files_and_records_that_differ_are_made_anew(
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_records_that_are_gone_stay_a_finding(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(trial_of(small).root)
+    assert found(small, capsys) == [("published", False), ("records", False)]
+    assert found(small, capsys, fix=True) == [("published", True), ("records", False)]
+    assert found(small, capsys) == [("records", False)]
+    doctor.doctor(doctor.Options("small", small.storage, small.storage))
+    said = capsys.readouterr().out
+    assert "token_norms.parquet and token_statistics.parquet of a finished trial are gone" in said
+    assert "orchestrate sweep FILE --rerun makes it anew" in said
+
+
 def test_damaged_checkpoints_are_set_aside(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
     one, other = (next(trial_of(small, index).checkpoints.glob("*.pt")) for index in (0, 1))
     content = bytearray(one.read_bytes())
@@ -281,6 +292,37 @@ def test_runs_of_mlflow_are_brought_in_line(small: Small, capsys: pytest.Capture
     database.close()
     assert_found_and_mended(small, capsys, "MLflow", "MLflow")
     assert small.mlflow_runs() == runs
+
+
+def test_a_copied_storage_keeps_its_runs(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = small.mlflow_runs()
+    copy = Small(small.folder / "copied")
+    shutil.copytree(small.storage, copy.storage)
+    assert found(copy, capsys) == []
+    layout_of(copy).ledger.unlink()  # which knew its runs
+    assert all(mended for _, mended in found(copy, capsys, fix=True))
+    assert found(copy, capsys) == []
+    copy.write()
+    assert_nothing_runs(copy)
+    assert copy.mlflow_runs() == runs == small.mlflow_runs()
+
+
+def test_results_that_are_imported_later_reach_mlflow_with_the_next_run(
+    small: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = small.folder / "more.csv"
+    table.write_text("model.num_registers,seed,test/linear/top1,tokens/last/outlier_fraction\n0,7,0.5,0\n2,7,0.25,0\n")
+    asked = import_results.Request(file=table, storage=small.storage, state=small.storage, sweep="small")
+    import_results.import_results(asked)
+    capsys.readouterr()
+    assert found(small, capsys) == []
+    done = small.run("--in-process", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert len(small.mlflow_runs()) == 7
+    with Ledger.open(layout_of(small).ledger) as ledger:
+        imported = next(row for row in ledger.rows() if row.seed == 7)
+        ledger.mark_run(imported.trial_id, imported.generation, "of a run that has nothing")
+    assert_found_and_mended(small, capsys, "MLflow", "MLflow")
 
 
 def test_a_sweep_that_another_machine_runs_is_said_and_hides_no_other(
@@ -358,6 +400,19 @@ def test_imported_results_survive_the_ledger_and_lack_nothing(
     assert found(small, capsys, fix=True) == [("ledger", True)]
     assert [(row.trial_id, row.name, row.cell, row.config, row.state, row.result) for row in rows_of(small)] == before
     assert found(small, capsys) == []
+
+
+def test_a_folder_in_the_place_of_a_ledger_is_said(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    layout_of(small).ledger.unlink()
+    layout_of(small).ledger.mkdir()
+    assert found(small, capsys, fix=True)[0] == ("ledger", True)
+    assert found(small, capsys) == []
+    lone = small.storage / "lone" / "ledger.db"
+    lone.mkdir(parents=True)
+    for fix in (False, True):
+        assert doctor.doctor(doctor.Options("lone", small.storage, small.storage, fix=fix)) == doctor.FINDINGS_LEFT
+        assert "a folder is where the ledger should be" in capsys.readouterr().out
+    assert lone.is_dir()
 
 
 def test_without_storage_nothing_is_rebuilt_and_a_damaged_ledger_stays(

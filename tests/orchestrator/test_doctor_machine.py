@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -92,8 +93,8 @@ def start() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
     """Starts a process that the system knows by a given name, as Ray's workers are known."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(name: str, raylet: int | None = None) -> subprocess.Popen[bytes]:
-        environment = {} if raylet is None else {"RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": "ffffffff"}
+    def start(name: str, raylet: int | None = None, **environment: str) -> subprocess.Popen[bytes]:
+        environment |= {} if raylet is None else {"RAY_RAYLET_PID": str(raylet), "RAY_JOB_ID": "ffffffff"}
         process = subprocess.Popen([name, "60"], executable="/bin/sleep", env={**os.environ, **environment})
         started.append(process)
         while doctor_processes.read_process(process.pid) is None:  # it has not yet become what it is to be
@@ -148,7 +149,7 @@ def test_another_process_that_got_the_number_meanwhile_is_not_ended(
     running = start("ray::ThinTrial")
     process = doctor_processes.read_process(running.pid)
     assert process is not None
-    doctor_processes.end(dataclasses.replace(process, started=process.started - 60), 0.1)
+    doctor_processes.end([dataclasses.replace(process, started=process.started - 60)], 0.1)
     assert running.poll() is None
 
 
@@ -157,3 +158,23 @@ def test_training_processes_without_their_node_are_only_named(start: Callable[..
     named = {finding.where: finding for finding in doctor_processes.check_orphans()}
     assert named[f"process {gone.pid}"].mend is None
     assert f"process {fine.pid}" not in named
+
+
+def test_what_is_left_of_a_program_is_ended(tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]) -> None:
+    attempt = {"ORCHESTRATE_DIRECTORY": str(tmp_path / "sweep" / "trials" / "aaaa" / "attempts" / "1")}
+    left, others = [start("sleep", **attempt), start("a child", **attempt)], [start("sleep")]
+    others.append(start("sleep", ORCHESTRATE_DIRECTORY=str(tmp_path / "sweep2" / "trials" / "aaaa")))
+    (finding,) = doctor_processes.check_programs(tmp_path / "sweep")
+    assert f"2 processes of programs of a dead driver of this sweep still run ({left[0].pid} sleep 60" in finding.what
+    assert finding.mend is not None
+    finding.mend()
+    assert all(process.wait(5) != 0 for process in left) and all(process.poll() is None for process in others)
+    assert list(doctor_processes.check_programs(tmp_path / "sweep")) == []
+
+
+def test_doctor_does_not_end_itself_where_a_program_calls_it(tmp_path: Path) -> None:
+    code = f"from orchestrator import doctor_processes as d; print(d.of_programs(d.Path({str(tmp_path)!r})))"
+    within = {**os.environ, "ORCHESTRATE_DIRECTORY": str(tmp_path / "trials")}
+    command = ["sh", "-c", '"$@"; exit 0', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, env=within, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -446,6 +446,22 @@ def test_a_process_that_is_lost_leaves_its_trial_to_be_run(driver: Driver) -> No
     assert driver.row.state == "planned"
 
 
+def test_a_trial_that_dies_a_step_earlier_or_later_each_time_gets_no_further(driver: Driver) -> None:
+    found = []
+    for attempt, reached in enumerate((100, 99, 100), 1):  # from a checkpoint of step 50
+        driver.folder.begin_attempt()
+        events: list[dict[str, Any]] = [
+            {"kind": "started", "attempt": attempt, "process": "host:1"},
+            {"kind": "report", "attempt": attempt, "step": 51, "metrics": {"train/loss": 1.0}},
+            {"kind": "report", "attempt": attempt, "step": reached, "metrics": {"train/loss": 1.0}},
+            {"kind": "process_lost", "reason": "killed"},
+        ]
+        for event in events:
+            driver.recorder.handle(driver.trial.trial_id, event)
+        found.append((driver.row.state, driver.row.stalled))
+    assert found == [("planned", 0), ("planned", 1), ("failed", 1)]
+
+
 def test_a_trial_whose_folder_is_gone_can_be_run_again(driver: Driver) -> None:
     driver.run("finishes")
     shutil.rmtree(driver.folder.root)

@@ -112,8 +112,8 @@ class TestTables:
     @pytest.mark.parametrize("name", ["t.jsonl", "t.parquet", "t.tsv"])
     def test_other_formats(self, tmp_path: Path, name: str) -> None:
         rows: list[dict[str, Any]] = [
-            {"method": "dino", "model.num_registers": 4, "seed": 3, "test/top1": 0.5},
-            {"method": "dino", "model.num_registers": None, "seed": 3, "test/top1": None},
+            {"method": "dino", "model.reg_init_std": 0.5, "seed": 3, "test/top1": 0.5},
+            {"method": "dino", "model.reg_init_std": None, "seed": 3, "test/top1": None},
         ]
         path = tmp_path / name
         if name == "t.jsonl":
@@ -121,11 +121,11 @@ class TestTables:
         elif name == "t.parquet":
             pq.write_table(pa.Table.from_pylist(rows), path)
         else:
-            path.write_text("method\tmodel.num_registers\tseed\ttest/top1\ndino\t4\t3\t0.5\ndino\t\t3\t\n")
+            path.write_text("method\tmodel.reg_init_std\tseed\ttest/top1\ndino\t0.5\t3\t0.5\ndino\t\t3\t\n")
         first, second = import_rows.read(path, {}, ())
-        assert (first.cell, first.seed) == ({"method": "dino", "model.num_registers": 4}, 3)
+        assert (first.cell, first.seed) == ({"method": "dino", "model.reg_init_std": 0.5}, 3)
         assert first.points == {(0, "test/top1"): 0.5}
-        assert (second.cell["model.num_registers"], second.points) == (None, {})
+        assert (second.cell["model.reg_init_std"], second.points) == (None, {})
 
     def test_line_breaks_of_unicode_and_marks_of_byte_order_are_no_rows(self, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_bytes("a,test/x\r\nx\u2028y,1\r\n\x85z,2\r\n".encode("utf-8-sig"))
@@ -135,6 +135,14 @@ class TestTables:
         ]
         (tmp_path / "t.jsonl").write_bytes('{"a": 1, "test/x": 1}\n'.encode("utf-8-sig"))
         assert [row.cell for row in import_rows.read(tmp_path / "t.jsonl", {}, ())] == [{"program.a": 1}]
+
+    def test_a_free_column_may_say_that_it_has_no_value(self, tmp_path: Path) -> None:
+        path = write(tmp_path, "a,model.reg_init_std,test/x\n1,,0\nnull,0.5,0\n")
+        cells = [row.cell for row in import_rows.read(path, {}, ())]
+        assert cells == [
+            {"program.a": 1, "model.reg_init_std": None},
+            {"program.a": None, "model.reg_init_std": 0.5},
+        ]
 
 
 class TestAgain:
@@ -155,6 +163,11 @@ class TestAgain:
         take(tmp_path, "model.num_registers,seed,test/miou\n4,0,0.3\n")
         rows = ablation(tmp_path)
         assert rows[4, "test/miou"]["n"] == 1 and rows[4, "test/top1"]["n"] == 2
+
+    def test_a_metric_that_the_sweep_has_already_can_become_primary(self, tmp_path: Path) -> None:
+        take(tmp_path, WIDE)
+        take(tmp_path, "model.num_registers,seed,test/miou\n4,0,0.3\n", primary=["test/top1"])
+        assert ablation(tmp_path)[4, "test/top1"]["primary"]
 
     def test_other_values_are_refused_unless_they_shall_replace(self, tmp_path: Path) -> None:
         take(tmp_path, WIDE)
@@ -211,6 +224,13 @@ class TestWrong:
             ("a,test/x\n1,0\n", {"baseline": ["b=1"]}, "--baseline b: the axes are program.a"),
             ("a,test/x\n1,0\n", {"baseline": ["a=2"]}, "--baseline a=2: program.a has the values [1]"),
             ("a,test/x\n1,0\n", {"primary": ["x"]}, "--primary x: it is no name of a metric"),
+            ("a,test/top1\n1,0\n", {"primary": ["test/topp1"]}, "no values of test/topp1; did you mean test/top1?"),
+            ("a,test/x\n1,0\n", {"primary": ["val/loss"]}, "has no values of val/loss; it has test/x"),
+            ("a,test/x\n1,0\n ,0\n", {}, "results.csv:3: the column 'a' has no value"),
+            ("model.num_registers,test/x\n0,0\n,0\n", {}, "results.csv:3: the column 'model.num_registers' has no"),
+            ("model.num_registers,test/x\nnull,0\n", {}, "results.csv:2: the column 'model.num_registers' has no"),
+            ("a;test/x\n1;0,5\n", {}, "results.csv:1: the head is one column, 'a;test/x'; it looks separated by semi"),
+            ("a\ttest/x\n1\t0\n", {}, "separated by tabs, not by commas; save it with commas as .csv, or with"),
         ],
     )
     def test_what_is_wrong_is_named(self, tmp_path: Path, text: str, options: Mapping[str, Any], message: str) -> None:
@@ -229,6 +249,9 @@ class TestWrong:
         [
             ("t.xlsx", b"", "the type .xlsx is not known; .csv, .tsv, .jsonl, .ndjson, .parquet are"),
             ("t.csv", b"a,test/x\n\xff,1\n", "it is no UTF-8 text"),
+            ("t.csv", "a,test/x\né,1\n".encode("latin-1"), "save it as UTF-8: it looks like Latin-1"),
+            ("t.csv", "a,test/x\né,1\n".encode("utf-16"), "save it as UTF-8: it looks like UTF-16"),
+            ("t.tsv", "a\ttest/x\n1\t1\n".encode("utf-16-le"), "save it as UTF-8: it looks like UTF-16"),
             ("t.parquet", b"no", "it is no readable parquet file"),
             ("t.jsonl", b'{"a": 1}\n[1]\n', "t.jsonl:2: '[1]' is no JSON object"),
         ],

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from orchestrator import ledger_file
-from orchestrator.holder import SweepHeld
+from orchestrator.holder import Hold, SweepHeld
 from orchestrator.ledger import IllegalMove, Ledger, LedgerError
 from orchestrator.ledger_schema import MOVES, OVER, SCHEMA, STATES, Role
 
@@ -342,8 +342,21 @@ def test_a_missing_ledger_a_newer_one_and_a_damaged_one_are_refused(ledger: Ledg
         with pytest.raises(LedgerError, match=r"newer version .*99"):
             Ledger.open(path, writer=writer)
     path.write_bytes(b"not a database at all" * 100)
-    with pytest.raises(LedgerError, match="move it away"):
+    with pytest.raises(LedgerError, match=r"orchestrate doctor .* --fix makes it anew"):
         Ledger.open(path)
+
+
+def test_an_empty_ledger_is_just_being_started_only_where_somebody_runs_the_sweep(path: Path) -> None:
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(LedgerError, match=r"nobody runs the sweep; orchestrate doctor .+ --fix makes it anew"):
+        Ledger.open(path, writer=False)
+    hold = Hold(path.with_suffix(".lock"))
+    try:
+        with pytest.raises(LedgerError, match=f"only just being started by process {os.getpid()}"):
+            Ledger.open(path, writer=False)
+    finally:
+        hold.release()
 
 
 def test_a_whole_ledger_that_cannot_be_used_now_is_not_to_be_moved_away(

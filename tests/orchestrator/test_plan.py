@@ -11,6 +11,7 @@ from scipy import stats
 from orchestrator.plan import Plan, build_plan, detectable, interval_half_width
 from orchestrator.spec import read_sweep
 from orchestrator.sweep import Resources, Sweep, When
+from orchestrator.trial_names import trial_names
 from trainers.config import resolve, trial_id
 
 TINY = {"preset": "short", "model.size": "nano", "model.patch_size": 8}
@@ -209,3 +210,17 @@ def test_measured_weights_of_whose_model_the_name_says_nothing_are_said(tmp_path
     assert note.startswith(
         "model.weights own.pth is no name of released weights: it must be of model.size small, patch"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["sh", "-c", 'echo "val/Top1": 0.5'], "sh"),
+        (["bash", "-lc", "exec ./train.sh"], "bash"),
+        (["python", "train.py", "--x", "{program.x}"], "train"),
+        (["torchrun", "--standalone", "mine.py", "-c", "conf.yaml"], "mine"),
+    ],
+)
+def test_a_programs_trials_are_named_by_its_file(command: list[str], name: str) -> None:
+    config = resolve({"command": command, "program.x": 1, "seed": 3})
+    assert trial_names([({"program.x": 1}, config)]) == [f"{name} x1 seed3"]

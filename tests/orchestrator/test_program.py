@@ -74,6 +74,7 @@ class TestWhatAProgramIsTold:
         outcome = trial.run()
         assert (outcome.status, outcome.retryable) == ("failed", False)
         assert message in (outcome.error or {})["message"]
+        assert (outcome.error or {})["traceback"] == "" and "Traceback" not in trial.log
 
     def test_only_the_first_rank_reports(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         trial = Trial(tmp_path, f"echo '{line(1, a__b=1)}' >> \"$ORCHESTRATE_REPORT\"")
@@ -317,8 +318,10 @@ class TestNothingOutlivesAnAttempt:
         assert Trial(tmp_path, body).run().status == "finished"
         assert not is_alive(int((tmp_path / "daemon").read_text()))
 
-    def test_it_ends_with_the_process_that_runs_the_attempt(self, tmp_path: Path) -> None:
-        (tmp_path / "script").write_text(self.DAEMON.format(tmp_path) + f"echo $$ > {tmp_path}/program\nsleep 300\n")
+    @pytest.mark.parametrize("children_first", [False, True])
+    def test_it_ends_with_the_process_that_runs_the_attempt(self, tmp_path: Path, children_first: bool) -> None:
+        body = f"trap '' TERM INT\n{self.DAEMON.format(tmp_path)}sleep 300 & echo $! > {tmp_path}/child\n"
+        (tmp_path / "script").write_text(f"{body}echo $$ > {tmp_path}/program\nsleep 300\n")
         driver = f"""
             import sys
             from pathlib import Path
@@ -328,9 +331,12 @@ class TestNothingOutlivesAnAttempt:
         """
         process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(driver)], cwd=Path(__file__).parents[2])
         try:
-            pids = [tmp_path / "daemon", tmp_path / "program"]
+            pids = [tmp_path / name for name in ("daemon", "child", "program")]
             wait_until(lambda: all(path.exists() and path.read_text().strip() for path in pids), 60)
             assert all(is_alive(int(path.read_text())) for path in pids)
+            if children_first:  # as Ray does with the children of a worker whose driver is gone
+                for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                    os.kill(int(child), signal.SIGKILL)
             os.kill(process.pid, signal.SIGKILL)
             wait_until(lambda: not any(is_alive(int(path.read_text())) for path in pids))
         finally:
@@ -353,19 +359,24 @@ class TestNothingOutlivesAnAttempt:
             os.close(reading)
             os.close(writing)
 
-    def test_the_guard_killed_takes_the_program_with_it(self, tmp_path: Path) -> None:
-        trial = Trial(tmp_path, f"echo $PPID > {tmp_path}/guard\necho $$ > {tmp_path}/program\nsleep 300")
+    @pytest.mark.parametrize("inner", [False, True])
+    def test_either_process_of_the_guard_killed_takes_everything_with_it(self, tmp_path: Path, inner: bool) -> None:
+        body = f"{self.DAEMON.format(tmp_path)}echo $PPID > {tmp_path}/guard\necho $$ > {tmp_path}/program\nsleep 300"
+        trial = Trial(tmp_path, body)
 
         def kill_the_guard() -> None:
-            wait_until(lambda: (tmp_path / "program").exists() and (tmp_path / "program").read_text() != "")
-            os.kill(int((tmp_path / "guard").read_text()), signal.SIGKILL)
+            pids = [tmp_path / name for name in ("daemon", "program")]
+            wait_until(lambda: all(path.exists() and path.read_text() != "" for path in pids))
+            guard = int((tmp_path / "guard").read_text())
+            outer = int(Path(f"/proc/{guard}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(guard if inner else outer, signal.SIGKILL)
 
         killer = threading.Thread(target=kill_the_guard)
         killer.start()
         outcome = trial.run()
         killer.join()
         assert (outcome.status, outcome.retryable) == ("failed", True)
-        wait_until(lambda: not is_alive(int((tmp_path / "program").read_text())))
+        assert not any(is_alive(int((tmp_path / name).read_text())) for name in ("daemon", "program"))
 
 
 class TestRecords:

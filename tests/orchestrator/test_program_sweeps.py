@@ -1,5 +1,6 @@
 """Programs of others in sweep files and configurations, and a shell script from its file to its table."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from orchestrator import doctor_processes
 from orchestrator.estimate import estimate
 from orchestrator.plan import build_plan
 from orchestrator.schema import sweep_schema
@@ -175,3 +177,26 @@ class TestSweep:
         assert f"begins at step {left} with x" in log and 0 < left < 10
         kept = next(storage.glob("descent/trials/*/checkpoints/state"))
         assert kept.read_text().split()[0] == "10"
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("options", [(), ("--in-process",)])
+    def test_nothing_of_a_program_outlives_a_killed_driver(self, tmp_path: Path, options: tuple[str, ...]) -> None:
+        sleeping = 'trap "" TERM INT; sleep 300 & setsid sleep 300 & sleep 300; sleep 300'
+        sweep = {"name": "stubborn", "trial": {"command": ["sh", "-c", sleeping]}, "axes": {"program.x": [1]}}
+        (tmp_path / "stubborn.yaml").write_text(yaml.safe_dump({**sweep, "resources": {"cpus": 1}}))
+        storage = tmp_path / "runs"
+        command = [*ORCHESTRATE, "sweep", str(tmp_path / "stubborn.yaml"), "--storage", str(storage), *options]
+        process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: len(sleepers(storage)) == 3, 120)
+            process.kill()
+            wait_until(lambda: not doctor_processes.of_programs(storage), 60)
+        finally:
+            process.kill()
+            process.wait()
+            for left in doctor_processes.of_programs(storage):
+                os.kill(left.pid, signal.SIGKILL)
+
+
+def sleepers(storage: Path) -> list[doctor_processes.Process]:
+    return [process for process in doctor_processes.of_programs(storage) if process.command == "sleep 300"]

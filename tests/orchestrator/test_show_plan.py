@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from orchestrator import measured, plan_changes, plan_needs, show_plan, spec
+from orchestrator.budget import HOURS, Spent
 from orchestrator.estimate import Price, by_formula, checkpoint_bytes, memory_bytes, state_bytes, wall_seconds
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
@@ -19,7 +20,7 @@ from orchestrator.plan import Plan, build_plan
 from orchestrator.search import SearchGrowth
 from orchestrator.seed_noise import noise
 from orchestrator.seeds import SeedGrowth
-from orchestrator.sweep import Resources
+from orchestrator.sweep import Budget, Resources, Sweep
 
 METRIC = "test/linear/top1"
 BASE: dict[str, Any] = {
@@ -317,6 +318,64 @@ def test_a_search_is_priced_with_its_suggestions(example: Example, capsys: pytes
     assert found["to_run"]["trials"] == 2 * (4 + 3)  # of two cells: suggestions, then the best on three seeds
 
 
+@pytest.mark.parametrize(
+    ("budget", "begun", "said"),
+    [
+        ({"trials": 3}, 0, "0 of 3 trials used; 3 of 6 trials run"),
+        ({"trials": 3}, 2, "2 of 3 trials used; 1 of 4 trials run"),
+        ({"trials": 3}, 3, "3 of 3 trials used; nothing begins"),
+        ({"trials": 6, "hours": 24}, 3, "3 of 6 trials, 0 of 24 hours used"),
+        ({"hours": 2}, 3, "2.5 of 2 hours used; nothing begins"),
+    ],
+)
+def test_what_a_budget_leaves_undone_is_said(
+    example: Example, capsys: pytest.CaptureFixture[str], budget: dict[str, int], begun: int, said: str
+) -> None:
+    example.write(budget=budget)
+    if begun:
+        example.run(dict.fromkeys(range(begun), 0.5))
+    if budget == {"hours": 2}:
+        with Ledger.open(example.layout().ledger) as ledger:
+            ledger.set_meta(HOURS, 2.5)
+    assert f"budget: {said}" in example.show(capsys)
+    assert example.json(capsys)["budget"] == f"budget: {said}"
+
+
+def test_a_begun_trial_goes_on_within_a_full_budget() -> None:
+    trials = build_plan(Sweep(name="x", axes={"model.num_registers": (0, 2, 4)})).trials
+    said = plan_needs.of_budget(Budget(trials=1), Spent(0.0, 0.0, 1), {trials[1].trial_id}, trials)
+    assert said == "budget: 1 of 1 trials used; 1 of 3 trials run"
+    assert plan_needs.of_budget(None, Spent(0.0, 0.0, 1), (), trials) is None
+
+
+def test_cells_that_lose_their_baseline_by_exclude_are_said() -> None:
+    axes: dict[str, tuple[Any, ...]] = {"method": ("deit3", "dino"), "model.num_registers": (0, 2, 4)}
+    parts: dict[str, Any] = {"name": "x", "axes": axes, "baseline": {"model.num_registers": 0}}
+    exclude = ({"method": ("dino",), "model.num_registers": (0,)},)
+    assert plan_needs.of_baseline(build_plan(Sweep(**parts))) == []
+    assert plan_needs.of_baseline(build_plan(Sweep(**parts, exclude=({"model.num_registers": (2,)},)))) == []
+    assert plan_needs.of_baseline(build_plan(Sweep(**parts, exclude=exclude))) == [
+        "2 of 5 cells have no baseline cell, so they get no difference; the first is "
+        "{method: dino, model.num_registers: 2}"
+    ]
+
+
+def test_a_sweep_to_learn_from_that_is_not_there_is_named_at_its_line(
+    example: Example, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = {"name": "tpe", "samples": 4, "metric": "val/knn/top1", "space": {"optim.lr": {"low": 0.1, "high": 1}}}
+    example.write(search={**search, "warm_start": ["earlyer"]})
+    line = next(n for n, text in enumerate(example.file.read_text().splitlines(), 1) if "earlyer" in text)
+    with pytest.raises(spec.SpecError, match=f":{line}: search.warm_start names earlyer, a sweep that .* lacks; there"):
+        example.show(capsys)
+    with Ledger.open(example.layout("earlier").ledger):
+        pass
+    with pytest.raises(spec.SpecError, match=r"lacks; did you mean earlier\?"):
+        example.show(capsys)
+    with Ledger.open(example.layout().ledger):
+        assert example.show(capsys)  # it has begun, and needs the earlier one no more
+
+
 class TestSearchesThatHaveRun:
     """One cell of a grid of two suggestions on seed 1000, then of three seeds."""
 
@@ -373,7 +432,7 @@ class TestSearchesThatHaveRun:
         assert any(line.split(" (")[0] == f"over, with a result: {over}" for line in lines)
         assert sum(line.startswith(f"failed, run again: {again}") for line in lines) == (again > 0)
         assert "no longer planned: 0" in lines
-        assert search.json(capsys)["to_run"]["trials"] == to_run
+        assert search.json(capsys)["to_run"]["trials"] == to_run == new + int(unfinished.split()[0]) + again
 
     def test_noise_is_of_sweeps_of_the_same_kind(self, example: Example, capsys: pytest.CaptureFixture[str]) -> None:
         example.run({0: 0.1, 1: 0.2, 2: 0.3}, "earlier")

@@ -217,3 +217,12 @@ class TestSchema:
     def test_a_part_of_ones_own_passes(self, validator: Any) -> None:
         axes = {"method": ["deit3", "my.package:Method"]}
         assert validator.is_valid({"name": "x", "axes": axes, "trial": {"data": {"train": "a.b:build"}}})
+
+
+@pytest.mark.parametrize(
+    "trial", ["{method: 'mine.methods:Own'}", "{evaluation.probes: ['mine.probes:Own']}", "{command: [sh, x.sh]}"]
+)
+def test_parts_of_a_users_own_may_measure_what_we_do_not_know(tmp_path: Path, trial: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(f"name: own\ntrial: {trial}\naxes: {{model.num_registers: [0]}}\nprimary: [test/lin/top1]\n")
+    assert read_sweep(path).primary == ("test/lin/top1",)

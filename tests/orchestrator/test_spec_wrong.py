@@ -168,6 +168,10 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         edited(SEEDS, f"{SEEDS}\nexclude: [{{model.num_registers: [0, 4]}}]"),
         [(7, "exclude leaves no cell")],
     ),
+    "exclude of the baseline": (
+        edited(SEEDS, f"{SEEDS}\nexclude: [{{model.num_registers: 0}}]"),
+        [(8, "exclude leaves no cell of the baseline {model.num_registers: 0}, so there is nothing to differ from")],
+    ),
     "baseline of no axis": (
         edited(BASELINE, "baseline: {model.num_register: 0}"),
         [(7, "baseline names model.num_register, which is not an axis; did you mean model.num_registers?")],
@@ -192,6 +196,26 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
         edited(PRIMARY, "primary: [test/lineer/top1]"),
         [(8, "primary has test/lineer/top1, and there is no probe lineer; did you mean linear?")],
     ),
+    "metric whose probe is like none": (
+        edited(PRIMARY, "primary: [test/lin/top1]"),
+        [(8, "and there is no probe lin; did you mean linear?")],
+    ),
+    "metric whose probe is like nothing": (
+        edited(PRIMARY, "primary: [val/xyz/top1]"),
+        [(8, "primary has val/xyz/top1, and there is no probe xyz; allowed: linear, knn, zero_shot,")],
+    ),
+    "metric that decides of more seeds without a probe": (
+        edited(SEEDS, "seeds: {first: 2, most: 4, until: {metric: test/fid/top1, halfwidth: 0.1}}"),
+        [(6, "seeds.until.metric is test/fid/top1, and there is no probe fid; allowed: linear,")],
+    ),
+    "metric of early stopping without a probe": (
+        edited(PRIMARY, "scheduler: {name: asha, metric: val/loss}"),
+        [(8, "scheduler.metric has val/loss, and there is no probe loss; allowed: linear,")],
+    ),
+    "metric of a search without a probe": (
+        edited(PRIMARY, "search: {name: tpe, samples: 4, metric: val/nn/top1, space: {optim.lr: {low: 0.1, high: 1}}}"),
+        [(8, "search.metric has val/nn/top1, and there is no probe nn")],
+    ),
     "metric that is not measured": (
         edited(TRIAL, "  evaluation.probes: [knn]\n"),
         [(8, "primary has test/linear/top1, but evaluation.probes (knn) lacks linear")],
@@ -206,6 +230,22 @@ WRONG: dict[str, tuple[str, list[tuple[int, str]]]] = {
     ),
     "no CPU": (edited(PRIMARY, "resources: {cpus: 0}"), [(8, "resources.cpus is 0; allowed: a number above 0")]),
     "one and a half GPUs": (edited(PRIMARY, "resources: {gpus: 1.5}"), [(8, "or a whole number above")]),
+    "resources that are a number": (
+        edited(PRIMARY, "resources: 2"),
+        [(8, "resources is 2; allowed: a mapping, as in {cpus: 4, gpus: 0.5}, or one for each model size")],
+    ),
+    "resources of a size that are a number": (
+        edited(PRIMARY, "resources: {nano: 2}"),
+        [(8, "resources.nano is 2; allowed: a mapping, as in {cpus: 4, gpus: 0.5}")],
+    ),
+    "command as for a shell": (
+        edited(TRIAL, "  command: sh 'a b.sh'\n"),
+        [(3, "allowed: a list of its words, as in [sh, a b.sh]")],
+    ),
+    "search over nothing": (
+        edited(PRIMARY, "search: {name: tpe, samples: 4, metric: val/knn/top1, space: {}}"),
+        [(8, "search.space is {}; allowed: a mapping of one or more settings, as in {optim.lr: {")],
+    ),
     "resources of another size": (
         edited(PRIMARY, "resources: {tiny: {cpus: 1}}"),
         [(8, "resources has nothing for model.size nano; it has tiny")],
@@ -338,6 +378,7 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
         ("name=x", "a sweep's name is given by --name"),
         ("when=[]", "when can only be changed in the file"),
         ("resources.gpus=-1", "resources.gpus is -1; allowed"),
+        ("command=sh x.sh", "command is 'sh x.sh'; allowed: a list of its words, as in [sh, x.sh]"),
         ("seds=[1]", "seds cannot be set; did you mean seeds?"),
     ],
 )

@@ -133,7 +133,7 @@ def test_all_sweeps_are_a_line_each_and_a_damaged_ledger_hides_none(
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3 and said[0].startswith("broken: ") and "cannot be read" in said[0]
     assert said[1].startswith("small: 4 planned, 0:00 spent, run by process ")
-    assert said[2].startswith("torn: ") and said[2].endswith("; see orchestrate doctor")
+    assert said[2].startswith("torn: ") and "orchestrate doctor" in said[2]
 
 
 def test_a_trial_is_meant_by_the_beginning_of_its_id_or_by_its_name_which_may_have_slashes(sweep: Sweep) -> None:

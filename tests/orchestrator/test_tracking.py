@@ -323,6 +323,31 @@ def test_another_store_gets_everything(ledger: Ledger, make_sink: SinkMaker, tem
     assert len(_points(client, _runs(client)[0], "train/loss")) == 5
 
 
+def test_a_store_that_was_copied_with_its_ledger_keeps_its_runs(
+    ledger: Ledger, make_sink: SinkMaker, client: Any, state: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ledger.start_attempt("aaaa", 1, "host", 1)
+    ledger.record("aaaa", 1, 1, {"train/loss": 1.0})
+    assert make_sink().close(20) == 0
+    before = {run.info.run_id for role in ("trial", "sweep") for run in _runs(client, role)}
+    copy = tmp_path_factory.mktemp("copy") / "state"
+    shutil.copytree(state, copy)
+    from mlflow import MlflowClient
+
+    copied = MlflowClient(tracking_uri=default_tracking_uri(copy))
+    with Ledger.open(copy / "sweep" / "ledger.db") as theirs:
+        for storage in ("copy", "copy", "moved"):
+            sink = Sink(theirs, default_tracking_uri(copy), "sweep", storage, state=copy)
+            sink.start()
+            assert sink.close(20) == 0
+            (parent,) = _runs(copied, "sweep")
+            assert parent.data.tags["storage"] == storage
+            assert {run.info.run_id for run in [parent, *_runs(copied)]} == before
+        assert theirs.row("aaaa").run_id in before
+    assert {run.info.run_id for role in ("trial", "sweep") for run in _runs(client, role)} == before
+    assert _runs(client, "sweep")[0].data.tags["storage"] == "s3://host/runs"
+
+
 def test_values_that_are_not_finite_are_named_and_odd_names_do_not_block(
     ledger: Ledger, make_sink: SinkMaker, client: Any
 ) -> None:
