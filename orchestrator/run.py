@@ -119,6 +119,7 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
     from orchestrator.trial import ThinTrial
     from orchestrator.tune_callback import Draws, DriverStops, Events
 
+    _hand_on_no_secrets()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # dies with us alone
     mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
     draws = Draws(source, mailbox, should_stop)
@@ -143,6 +144,17 @@ def run(ray: Any, source: Source, handle: Handler, control: Control, should_stop
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         ray.kill(mailbox)
+
+
+def _hand_on_no_secrets() -> None:
+    """Keep Tune from handing AWS credentials to trials in their runtime environment, which Ray writes into its logs.
+
+    Processes have them from the environment of their node, as the object store's documentation says.
+    """
+    from ray.tune.execution import class_cache
+
+    handed_on = getattr(class_cache, "ENV_VARS_TO_PROPAGATE", ())
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in handed_on if not name.startswith("AWS_")}
 
 
 def _keep_signal() -> Callable[[], None]:
