@@ -9,16 +9,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
-from orchestrator import trial
 from orchestrator.attempt import Job, Outcome, Report
 from orchestrator.layout import TrialLayout
 from orchestrator.mailbox import Mailbox
 from orchestrator.rank import Rank
-from orchestrator.ranks import Ended, Hung, Lost, Ranks
 from orchestrator.run_request import Request
-from orchestrator.tune_callback import Draws, Events
+
+# Ray keeps what it finds here when it is imported, and tests that start a cluster in this process need the token's.
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.setenv("RAY_AUTH_MODE", "token")
+    import ray
+
+    from orchestrator import trial
+    from orchestrator.ranks import Ended, Hung, Lost, Ranks
+    from orchestrator.tune_callback import Draws, Events
 
 PLACE = {"rank": 0, "ranks": 1}
 NODE = "rank 0: The actor died because its node has died."
