@@ -17,7 +17,7 @@ from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial
 
-TRIALS = 10_000
+TRIALS = 10_002  # as six cells, all but one of them finished
 MAX_SECONDS = 10.0
 MAX_RUNS = 5
 
@@ -38,21 +38,19 @@ def measure(settings: Settings) -> Report:
     seconds: list[float] = []
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
-        planned = simulated.plan(folder, "restart", TRIALS + 1)
+        planned = simulated.plan(folder, "restart", TRIALS)
         finish(folder, planned[:-1])
         for _ in range(min(settings.pairs, MAX_RUNS)):
-            seconds.append(_go_on(folder))
-            with Ledger.open(_layout(folder).ledger) as ledger:
-                ledger.reset(planned[-1].trial_id)
+            seconds.append(_go_on(folder))  # its trial stays to be run, as its process is killed
     comparison = Comparison(
         "restart",
-        (f"from the start of a process to its trial, after {TRIALS} finished ones", "the goal"),
+        (f"from the start of a process to its trial, after {TRIALS - 1} finished ones", "the goal"),
         seconds,
         [MAX_SECONDS] * len(seconds),
         "s",
         Goal(1.0),
     )
-    return Report([comparison], {"finished_trials": TRIALS})
+    return Report([comparison], {"finished_trials": TRIALS - 1})
 
 
 def _layout(folder: Path) -> SweepLayout:

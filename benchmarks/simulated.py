@@ -25,6 +25,8 @@ from orchestrator.recorder import Recorder
 from orchestrator.run_request import Request
 from orchestrator.tracking import Sink, default_tracking_uri
 
+_SEEDS = 2_000  # in one sweep file at most, which may hold 5,000 values
+
 
 @contextmanager
 def cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
@@ -47,13 +49,20 @@ def cluster(nodes: int, cpus: int, gpus: int = 0) -> Iterator[Any]:
 
 
 def plan(folder: Path, name: str, trials: int) -> tuple[PlannedTrial, ...]:
-    """A sweep of one cell and so many seeds."""
+    """A sweep of so many trials that report nothing: one cell, or as many as keep its list of seeds short.
+
+    Raises:
+        ValueError: that many trials are no rectangle of cells and seeds.
+    """
+    cells = -(-trials // _SEEDS)
+    if trials % cells:
+        raise ValueError(f"{trials} trials are not {cells} cells of equally many seeds")
     content = {
         "name": name,
         "question": "What does a sweep cost?",
         "trial": {"preset": "short", "model": {"size": "nano"}},
-        "axes": {"model.num_registers": [4]},
-        "seeds": list(range(trials)),
+        "axes": {"model.num_registers": list(range(cells))},
+        "seeds": list(range(trials // cells)),
     }
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(content))
