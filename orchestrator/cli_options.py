@@ -11,9 +11,6 @@ from typer.core import TyperCommand
 _URI = "orchestrate.remote"  # in a command's context: the URI of its storage
 RUNS = Path("runs")
 
-# What stands before :// in the URIs of file systems that pyarrow has.
-_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
-
 
 class Command(TyperCommand):
     """A command that says of a wrong value what was given and what is allowed, as of one in a file."""
@@ -55,7 +52,9 @@ def _folder_of(context: typer.Context, given: Any) -> Path:
     """The folder that `--storage` names: this machine's copy, which lies in the state folder, where it is a URI."""
     if "://" not in str(given):
         return Path(given)
-    context.meta[_URI] = _checked(str(given))
+    from orchestrator.remote import checked
+
+    context.meta[_URI] = checked(str(given))
     return Path(context.params.get("state") or RUNS)
 
 
@@ -105,23 +104,6 @@ def remote(context: typer.Context) -> str | None:
     """The URI of the running command's storage, or None where that is a folder."""
     uri: str | None = context.meta.get(_URI)
     return uri
-
-
-def _checked(uri: str) -> str:
-    """`uri`, if its kind is known and it carries no secret; the store itself is not asked.
-
-    Raises:
-        ValueError: it is not.
-    """
-    from orchestrator.remote import checked
-
-    scheme = uri.partition("://")[0]
-    if scheme not in _SCHEMES:
-        raise ValueError(
-            f"storage {checked(uri)} cannot be used: {scheme}:// is not known; allowed: a folder, s3://BUCKET/PREFIX, "
-            "gs://, abfs:// or hdfs://"
-        )
-    return checked(uri)
 
 
 def say_where(context: typer.Context, storage: Path) -> None:

@@ -172,18 +172,17 @@ def _check_primary(asked: Request, results: Sequence[Result], layout: SweepLayou
     for metric in asked.primary:
         if not is_metric(metric):
             raise ValueError(f"--primary {metric}: it is no name of a metric, such as test/top1")
-        if metric not in known and metric not in _metrics(layout):
+        if metric not in known and not _is_reported(metric, layout):
             guess = did_you_mean(metric, known) or f"; it has {', '.join(known)}"
             raise ValueError(f"--primary {metric}: {asked.file} has no values of {metric}{guess}")
 
 
-def _metrics(layout: SweepLayout) -> set[str]:
-    """Names of all metrics that the trials of a sweep have."""
+def _is_reported(metric: str, layout: SweepLayout) -> bool:
+    """Whether a trial of a sweep that may not be there yet has the metric."""
     if not layout.ledger.is_file():
-        return set()
+        return False
     with Ledger.open(layout.ledger, writer=False) as ledger:
-        rows = ledger.rows(in_plan_only=False)
-        return {metric for row in rows for _, metric, _ in ledger.metrics(row.trial_id)}
+        return bool(ledger.reported(metric))
 
 
 def _baseline(given: Sequence[str], axes: Mapping[str, Sequence[Any]]) -> dict[str, Any]:

@@ -23,6 +23,10 @@ _CHUNK_BYTES = 8 * 2**20
 _RENAMING = ("local", "hdfs")  # where an object that is being written can be seen, and a rename is atomic
 _TEMPORARY = re.compile(r"^\..*\.partial$")
 
+# What stands before :// in the URIs of file systems that pyarrow has.
+_KINDS = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "file")
+_ALLOWED = "allowed: a folder, s3://BUCKET/PREFIX, gs://, abfs:// or hdfs://"
+
 # Words of answers that no second try changes.
 _FINAL = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|INVALID_BUCKET|EXPIRED_TOKEN"
@@ -225,11 +229,14 @@ class Remote:
 
 
 def checked(uri: str) -> str:
-    """`uri`, if it carries no secret.
+    """`uri`, if pyarrow knows its kind and it carries no secret; the store itself is not asked.
 
     Raises:
-        ValueError: it has a password, or a parameter that is one.
+        ValueError: it is of another kind, or has a password or a parameter that is one.
     """
+    kind = uri.partition("://")[0]
+    if kind not in _KINDS:
+        raise ValueError(f"storage {redact(uri)} cannot be used: {kind}:// is not known; {_ALLOWED}")
     password = urlsplit(uri).password
     if password is not None or redact(f"x:?{urlsplit(uri).query}") != f"x:?{urlsplit(uri).query}":
         raise ValueError(
@@ -252,10 +259,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
     try:
         system, base = fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"storage {redact(uri)} cannot be used: {redact(str(error))}; allowed: a folder, s3://BUCKET/PREFIX, "
-            "gs://, abfs:// or hdfs://"
-        ) from error
+        raise ValueError(f"storage {redact(uri)} cannot be used: {redact(str(error))}; {_ALLOWED}") from error
     return system, base.rstrip("/")
 
 

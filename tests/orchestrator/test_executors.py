@@ -1,6 +1,5 @@
 """Attempts, retries, the recorder and the in-process executor, with real attempts of tiny functions; no torch."""
 
-import errno
 import json
 import shutil
 import sqlite3
@@ -15,18 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from orchestrator import local, publish, recorder, room
-from orchestrator.attempt import Job, Outcome, Report, failure, run_attempt
+from orchestrator.attempt import Job, Outcome, Report, run_attempt
 from orchestrator.control import Control
 from orchestrator.delivery import Delivery
 from orchestrator.dispatch import Dispatch
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
-from orchestrator.progress import describe, seconds_left
+from orchestrator.progress import describe
 from orchestrator.queue import Queue
-from orchestrator.recorder import Live, Recorder
-from orchestrator.retry import History
-from orchestrator.run_request import Request, clip
+from orchestrator.recorder import Recorder
+from orchestrator.run_request import Request
 from orchestrator.spec import read_sweep
 from orchestrator.sweep_run import failures
 from orchestrator.watch import Watch
@@ -255,27 +253,6 @@ def test_an_attempt_outside_a_driver_returns_what_happened(driver: Driver) -> No
     assert outcome.seconds > 0
 
 
-def test_losses_are_retried_while_attempts_get_further() -> None:
-    history = History()
-    for step in (10, 20, 30):
-        history.reached(step)
-        assert history.may_retry_loss()
-    assert history.may_retry_loss(), "one loss without progress is allowed"
-    assert not history.may_retry_loss()
-
-
-def test_a_trial_that_dies_twice_at_the_start_fails() -> None:
-    history = History()
-    assert history.may_retry_loss()
-    assert not history.may_retry_loss()
-
-
-def test_time_left_counts_what_is_running_and_what_is_planned() -> None:
-    live = [Live("a", steps=100, batch_size=10, step=50), Live("b", steps=100, batch_size=10, step=0)]
-    assert seconds_left(live, planned=2, speed=100.0) == pytest.approx((500 + 1000 + 2 * 1000) / 100)
-    assert seconds_left([], planned=2, speed=100.0) is None
-
-
 def test_the_live_line_counts_trials(driver: Driver) -> None:
     driver.run("raises")
     line = describe("small", driver.ledger, driver.recorder, elapsed=65)
@@ -318,11 +295,6 @@ def test_a_lost_device_is_retried_in_another_process(driver: Driver) -> None:
     number = driver.folder.begin_attempt()
     outcome = run_attempt(driver.job("loses_its_device"), number, lambda step, metrics: None, lambda: None)
     assert (outcome.status, outcome.retryable, outcome.poisoned) == ("failed", True, True)
-
-
-def test_a_missing_file_is_not_tried_again() -> None:
-    assert not failure(FileNotFoundError("gone")).retryable
-    assert failure(ConnectionResetError("gone")).retryable
 
 
 def test_an_attempt_with_a_hole_is_not_accepted(driver: Driver, caplog: pytest.LogCaptureFixture) -> None:
@@ -381,24 +353,6 @@ def test_an_event_waits_for_space_on_a_full_disk(
     driver.recorder.handle(trial, {"kind": "started", "attempt": 1, "process": "host:1"})
     assert driver.row.state == "running"
     assert caplog.text.count("the sweep waits for space") == 1, "said once a minute"
-
-
-def test_a_full_disk_is_told_from_other_errors_also_behind_them() -> None:
-    for error in (OSError(errno.ENOSPC, "no"), OSError(errno.EDQUOT, "no"), sqlite3.OperationalError("disk is full")):
-        assert failure(error).disk_full
-        try:
-            raise RuntimeError("a checkpoint could not be written") from error
-        except RuntimeError as behind:
-            assert failure(behind).disk_full
-    assert not failure(OSError(errno.EIO, "no")).disk_full
-
-
-def test_who_leaves_waits_for_no_space(tmp_path: Path) -> None:
-    def fill() -> None:
-        raise OSError(errno.ENOSPC, "no")
-
-    with pytest.raises(OSError, match="no"):
-        room.Room(tmp_path, leaving=lambda: True).wait_for(fill)
 
 
 def test_a_trial_that_could_not_be_published_is_tried_again_at_the_end(
@@ -477,22 +431,6 @@ def test_adoption_refuses_other_data(driver: Driver) -> None:
     with Ledger.open(other.ledger) as ledger:
         ledger.plan([driver.trial])
         assert recorder.adopt(ledger, other, driver.trial.trial_id, "other content") is None
-
-
-def test_requests_are_cut_to_the_node_that_fits_them() -> None:
-    nodes = [{"CPU": 8.0, "GPU": 4.0}, {"CPU": 64.0}]
-    assert clip(Request(cpus=32, gpus=0), nodes) == Request(32, 0)
-    assert clip(Request(cpus=16, gpus=8), nodes) == Request(8, 4)
-    assert clip(Request(cpus=1, gpus=0.5), [{"CPU": 2.0}]) == Request(1, 0)
-
-
-def test_speed_and_time_left_do_not_count_what_is_reported_again() -> None:
-    live = Live("a", steps=100, batch_size=10, known=50)
-    for step in (10, 30, 50):
-        live.reached(step)
-    assert live.first_step is None
-    live.reached(60)
-    assert live.first_step == 60
 
 
 def test_a_lost_ledger_is_made_again_from_the_folders(driver: Driver) -> None:
