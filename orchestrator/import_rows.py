@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import io
 import json
@@ -79,9 +78,7 @@ def _rows(path: Path) -> tuple[list[str], Iterator[Row]]:
 
 def _encoding(path: Path) -> str:
     """What a text that is no UTF-8 most likely is, and what is to be done."""
-    begin = path.read_bytes()[:1000]
-    utf16 = begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in begin
-    like = "UTF-16" if utf16 else "Latin-1 or Windows-1252"
+    like = "UTF-16" if b"\0" in path.read_bytes()[:1000] else "Latin-1 or Windows-1252"
     return f"; save it as UTF-8: it looks like {like}, which iconv or an editor converts"
 
 

@@ -59,10 +59,18 @@ def test_as_many_gpus_stay_as_the_largest_trial_needs(devices: Devices) -> None:
     devices.needs(2.0)
     assert devices.suspects() == {A: True, B: False}
     devices.needs(3.0)
+    devices.needs(1.0)  # a smaller one changes nothing
     assert devices.suspects() == {A: False, B: False}
 
 
-def test_a_trial_of_several_gpus_is_left_out_as_a_whole_and_a_share_counts_as_its_gpu(devices: Devices) -> None:
+def test_a_gpu_counts_whole_where_trials_have_shares_of_it(devices: Devices) -> None:
+    for device in (A, B):
+        for trial in ("x", "y"):
+            devices.failed(device, f"{trial} on {device}", held=0.5, total=2.0)
+    assert devices.suspects() == {A: True, B: False}, "B is the last one"
+
+
+def test_a_trial_of_several_gpus_is_left_out_as_a_whole(devices: Devices) -> None:
     devices.needs(2.0)
     for device, held in ((A, 2.0), (B, 0.5)):
         for trial in ("x", "y"):

@@ -196,6 +196,14 @@ class TestControl:
         mailbox.put("a", job)
         assert mailbox.job("a") == (job, "stopped", {})
 
+    def test_a_mailbox_leaves_no_device_out_that_a_trial_needs(self) -> None:
+        mailbox = Mailbox()
+        for _ in range(2):
+            found = mailbox.device_failed("GPU 0", "a", 1.0, 4.0)
+        assert found == {"GPU 0": True} and mailbox.is_left_out("GPU 0")
+        mailbox.put("b", {"gpus": 1.0, "ranks": 4})
+        assert not mailbox.is_left_out("GPU 0")
+
     def test_a_watch_hears_stop_requests_settings_and_a_spent_budget(
         self, tmp_path: Path, trials: tuple[PlannedTrial, ...]
     ) -> None:

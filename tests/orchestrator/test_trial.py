@@ -235,6 +235,17 @@ class TestTune:
         events.on_trial_error(1, [], of_tune)
         assert said == [("a", "process_lost"), "a"]
 
+    @pytest.mark.parametrize("end", ["on_trial_complete", "on_trial_error"])
+    def test_a_trial_that_holds_a_left_out_device_is_over_once_and_is_no_loss(self, end: str) -> None:
+        said: list[Any] = []
+        events = Events(lambda trial_id, event: said.append((trial_id, event["kind"])), said.append)
+        of_tune = SimpleNamespace(trial_id="t1", config={"trial": "a"}, error_file=None)
+        result = {"trial": "a", "events": [{"kind": "lost"}, {"kind": "left_out", "device": "GPU 1"}]}
+        events.on_trial_result(1, [], of_tune, result)
+        assert said == [("a", "lost"), "a"] and events.has_guards()
+        getattr(events, end)(1, [], of_tune)
+        assert said == [("a", "lost"), "a"] and not events.has_guards()
+
     def test_what_took_a_process_is_read_from_tunes_file(self, tmp_path: Path) -> None:
         said: list[Any] = []
         (tmp_path / "error.txt").write_text(NODE)

@@ -38,16 +38,18 @@ def images(data: DataSet) -> dict[str, set[tuple[str, bytes]]]:
 
 def unpacked(root: Path, to: Path) -> Path:
     """As the archives unpack: a folder for each synset, validation images without folders."""
-    with tarfile.open(root / "ILSVRC2012_img_train.tar") as outer:
-        outer.extractall(to / "inner", filter="data")
+    unpack(root / "ILSVRC2012_img_train.tar", to / "inner")
     for inner in (to / "inner").iterdir():
-        with tarfile.open(inner) as tar:
-            tar.extractall(to / "train" / inner.stem, filter="data")
-    with tarfile.open(root / "ILSVRC2012_img_val.tar") as tar:
-        tar.extractall(to / "val", filter="data")
-    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz") as tar:
-        tar.extractall(to, filter="data")
+        unpack(inner, to / "train" / inner.stem)
+    unpack(root / "ILSVRC2012_img_val.tar", to / "val")
+    unpack(root / "ILSVRC2012_devkit_t12.tar.gz", to)
     return to
+
+
+def unpack(archive: Path, to: Path) -> None:
+    with tarfile.open(archive) as tar:
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 was the first to have one
+        tar.extractall(to)
 
 
 def test_folders_and_archives_are_the_same_data_set(tmp_path: Path) -> None:
@@ -151,8 +153,7 @@ def test_imagenet22k_as_folders_archives_or_one_archive(tmp_path: Path) -> None:
     )
     folders = tmp_path / "folders" / "winter21_whole"
     for archive in root.iterdir():
-        with tarfile.open(archive) as tar:
-            tar.extractall(folders / archive.stem, filter="data")
+        unpack(archive, folders / archive.stem)
     for other in (tmp_path / "one", tmp_path / "folders"):
         data = opened(other, tmp_path / "cache", "imagenet22k")
         assert images(data) == images(packed)
