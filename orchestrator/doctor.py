@@ -114,7 +114,9 @@ def _layouts(options: Options) -> list[SweepLayout]:
     if options.sweep is not None:
         layout = SweepLayout(storage, state, options.sweep)
         if options.remote is None and not _is_sweep(layout):
-            raise ValueError(f"there is no sweep {options.sweep!r} under {storage} or {state}")
+            raise ValueError(
+                f"there is no sweep {options.sweep!r} under {' or '.join(dict.fromkeys(map(str, (storage, state))))}"
+            )
         return [layout]
     folders = {entry.name for place in (storage, state) if place.is_dir() for entry in place.iterdir()}
     return [layout for name in sorted(folders) if _is_sweep(layout := SweepLayout(storage, state, name))]

@@ -168,7 +168,9 @@ def one_of(found: list[tuple[SweepLayout, TrialRow]], trial: str) -> tuple[Sweep
     Raises:
         ValueError: there is none, or more than one.
     """
-    if len(found) != 1:
+    if not found:
+        raise ValueError(f"there is no trial {trial!r}; orchestrate status SWEEP lists names and ids")
+    if len(found) > 1:
         several = "; ".join(f"{layout.name}/{row.trial_id} {row.name}" for layout, row in found[:5])
-        raise ValueError(f"{len(found)} trials are meant by {trial!r}{': ' + several if several else ''}")
+        raise ValueError(f"{len(found)} trials are meant by {trial!r}: {several}")
     return found[0]

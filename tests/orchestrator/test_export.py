@@ -122,8 +122,8 @@ def test_averaged_weights_go_where_they_are_asked_to(
     [
         (["deit3 nano reg2 seed0", "--weights", "teacher"], "has no teacher weights; its checkpoint has: raw, ema"),
         (["deit3 nano reg4 seed0"], "deit3 nano reg4 seed0 is planned and has no checkpoint to export"),
-        (["nothing"], "0 trials are meant by 'nothing'"),
-        (["other/deit3 nano reg2 seed0"], "0 trials are meant by"),
+        (["nothing"], "there is no trial 'nothing'"),
+        (["other/deit3 nano reg2 seed0"], "there is no trial 'other/deit3 nano reg2 seed0'"),
     ],
 )
 def test_what_cannot_be_exported_is_exit_2_and_one_line(

@@ -143,7 +143,7 @@ def test_a_trial_is_meant_by_the_beginning_of_its_id_or_by_its_name_which_may_ha
     for said in (key, key[:6], f"small/{key[:6]}", named.name, f"small/{named.name}"):
         assert inspect.find(said, storage, storage)[1].trial_id == key
     for said in (f"other/{key}", "small/", "", "image_folder/mine seed0"):
-        with pytest.raises(ValueError, match="0 trials are meant"):
+        with pytest.raises(ValueError, match="there is no trial"):
             inspect.find(said, storage, storage)
 
 
