@@ -1,11 +1,14 @@
 """Budgets: what lost, running, adopted and dropped attempts cost, over several runs, and when a sweep has to stop."""
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from orchestrator import room
 from orchestrator.budget import HOURS, Budget, Spent
 from orchestrator.ledger import Ledger
 from orchestrator.plan import build_plan
@@ -113,6 +116,22 @@ def test_hours_add_up_over_runs_and_are_kept_while_one_lasts(ledger: Ledger, clo
         clock.seconds += 0.25 * HOUR
         reason = budget.exhausted()
     assert reason == "the budget of 2 hours is used up; a larger budget.hours lets the sweep go on"
+
+
+def test_the_hours_wait_for_space_on_a_full_disk(ledger: Ledger, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_TRY_SECONDS", 0.0)
+    keep, full = ledger.set_meta, [True, True]
+
+    def keep_when_there_is_room(key: str, value: Any) -> None:
+        if full:
+            full.pop()
+            raise sqlite3.OperationalError("database or disk is full")
+        keep(key, value)
+
+    with Budget(None, ledger, clock):
+        clock.seconds += HOUR
+        monkeypatch.setattr(ledger, "set_meta", keep_when_there_is_room)
+    assert (ledger.meta(HOURS), full) == (pytest.approx(1.0), [])
 
 
 def test_gpu_hours_run_out_while_a_trial_runs(ledger: Ledger, clock: Clock) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from orchestrator import driver
 from orchestrator.ledger import Ledger
+from orchestrator.spec import SpecError
 from orchestrator.sweep_run import left_early
 from tests.orchestrator.sweeps import Small
 from tests.orchestrator.test_faults import begin, wait_for
@@ -68,6 +69,17 @@ def test_early_stopping_is_a_success_that_is_said(tmp_path: Path, capsys: pytest
     assert left_early([replace(row, state="stopped") for row in rows]) == [
         "3 of 3 trials stopped on request; --rerun runs all again"
     ]
+
+
+def test_a_sweep_to_learn_from_that_is_not_there_is_named_at_its_line_before_anything_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = "{program.x: {low: 0.0, high: 1.0}}"
+    search = f"{{name: tpe, samples: 2, metric: val/top1, warm_start: [pilot], space: {space}}}"
+    rest = f"axes: {{program.name: [x]}}\nseeds: [0]\nsearch: {search}\n"
+    with pytest.raises(SpecError, match=r"small.yaml:10: search.warm_start names pilot"):
+        sweep(tmp_path, REPORTS, rest, capsys)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

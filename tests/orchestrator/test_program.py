@@ -74,6 +74,7 @@ class TestWhatAProgramIsTold:
         outcome = trial.run()
         assert (outcome.status, outcome.retryable) == ("failed", False)
         assert message in (outcome.error or {})["message"]
+        assert (outcome.error or {})["type"] == "NoProgram"
         assert (outcome.error or {})["traceback"] == "" and "Traceback" not in trial.log
 
     def test_only_the_first_rank_reports(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,8 +263,9 @@ class TestSignals:
             signal.raise_signal(signal.SIGUSR1)
             assert stop() and stop.signal == signal.SIGUSR1 and exits == []
             assert timers == [(run_options.LAST_SECONDS, (128 + signal.SIGUSR1,))]
-            with pytest.raises(Interrupted):
+            with pytest.raises(Interrupted) as left:
                 stop.check()
+            assert left.value.number == signal.SIGUSR1
             signal.raise_signal(signal.SIGTERM)
             assert exits == [143]
         assert signal.getsignal(signal.SIGUSR1) is before

@@ -171,10 +171,15 @@ def test_a_checksum_is_there_before_its_checkpoint(
     assert pushed == ["step_000000005.pt.sha256", "step_000000005.pt"]
 
 
-def test_an_attempt_waits_for_a_store_that_is_away_until_it_has_to_leave(tmp_path: Path) -> None:
+def test_an_attempt_waits_for_a_store_that_is_away_until_it_has_to_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_trial, "LOOK_SECONDS", 0.2)
     mirror, trial = machine(tmp_path / "far", tmp_path / "one")
     (tmp_path / "far").write_text("a file where a folder should be")
+    begun = time.monotonic()
     assert remote_trial.begin_attempt(trial, mirror.remote.uri, 0, leaving=lambda: True) is None
+    assert time.monotonic() - begun >= 0.2, "who is given out again at once does not go round without a pause"
     threading.Timer(0.3, (tmp_path / "far").unlink).start()
     assert remote_trial.begin_attempt(trial, mirror.remote.uri, 0) == 1
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator import room
 from orchestrator.ledger import Ledger, TrialRow
 from orchestrator.plan import Plan, build_plan
 from orchestrator.search import SearchGrowth
@@ -177,6 +179,23 @@ def test_a_value_is_the_mean_over_the_seeds_that_are_set_aside(tmp_path: Path) -
     assert values == {0.1: {METRIC: 0.5}, 0.2: {METRIC: 0.55}}
     assert [entry["params"]["optim.lr"] for entry in found["search"] if entry["chosen"]] == [0.2, 0.2]
     assert all(len(entry["trials"]) == 2 for entry in found["search"])
+
+
+def test_a_suggestion_waits_for_space_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_TRY_SECONDS", 0.0)
+    keep, full = Ledger.append_event, [True, True]
+
+    def keep_when_there_is_room(self: Ledger, study: str, event: Mapping[str, Any]) -> None:
+        if full:
+            full.pop()
+            raise sqlite3.OperationalError("database or disk is full")
+        keep(self, study, event)
+
+    undisturbed, driver = Driver(tmp_path / "undisturbed"), Driver(tmp_path / "full")
+    undisturbed.run(sweep())
+    monkeypatch.setattr(Ledger, "append_event", keep_when_there_is_room)
+    driver.run(sweep())
+    assert full == [] and driver.ran == undisturbed.ran
 
 
 def test_less_is_better_with_mode_min(tmp_path: Path) -> None:
