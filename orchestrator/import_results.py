@@ -16,7 +16,7 @@ from orchestrator.import_rows import Result
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger, State, TrialRow
 from orchestrator.ledger_schema import StoredConfig, StoredTrial
-from orchestrator.plan import Plan
+from orchestrator.plan import Plan, canonical
 from orchestrator.problems import Problem, SpecError
 from orchestrator.sweep import is_metric, sweep_name
 from trainers.config import nest
@@ -137,7 +137,7 @@ def _axes(asked: Request, results: Sequence[Result], known: Mapping[str, Any] | 
     axes = {name: axes[name] for name in (known["axes"] if known is not None else given)}
     for result in results:
         for name, value in result.cell.items():
-            if value is not None and _canonical(value) not in map(_canonical, axes[name]):
+            if value is not None and canonical(value) not in map(canonical, axes[name]):
                 axes[name].append(value)
     return axes
 
@@ -258,7 +258,7 @@ def _trial(result: Result, axes: Mapping[str, Any]) -> StoredTrial:
     others = {name: value for name, value in cell.items() if not name.startswith("program.")}
     config = {IMPORTED: True, "seed": result.seed, **nest(others), "program": own, "execution": {}}
     words = [f"{name.removeprefix('program.')}={shown(value)}" for name, value in cell.items() if value is not None]
-    trial_id = hashlib.sha256(_canonical(settings).encode()).hexdigest()[:16]
+    trial_id = hashlib.sha256(canonical(settings).encode()).hexdigest()[:16]
     name = " ".join([IMPORTED, *words, f"seed{result.seed}"])
     return StoredTrial(trial_id, name, cell, result.seed, StoredConfig(config))
 
@@ -291,11 +291,7 @@ def _take(ledger: Ledger, layout: SweepLayout, trial: StoredTrial, result: Resul
 
 
 def _place(cell: Mapping[str, Any], seed: int) -> str:
-    return _canonical([dict(cell), seed])
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return canonical([dict(cell), seed])
 
 
 def _texts(points: Mapping[tuple[int, str], float]) -> dict[tuple[int, str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -213,6 +214,11 @@ def detectable(num_seeds: int) -> str:
 def plain_cell(values: Mapping[str, Any]) -> dict[str, Any]:
     """A cell as JSON has it."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def canonical(values: Any) -> str:
+    """JSON that equal values share, whatever the order of their names; names of studies are made of it."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
 def cell_text(values: Mapping[str, Any]) -> str:

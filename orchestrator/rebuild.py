@@ -20,7 +20,7 @@ from orchestrator.holder import Hold
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger, State
 from orchestrator.ledger_schema import OVER, PlannedTrial, StoredConfig, StoredTrial, TrialRow
-from orchestrator.plan import Plan, build_plan
+from orchestrator.plan import Plan, build_plan, canonical
 from orchestrator.remote_sweep import SNAPSHOT
 from orchestrator.search import SearchGrowth
 from orchestrator.search_cell import CellSearch
@@ -171,7 +171,7 @@ class _Described:
         if self.plan is None or self.plan.sweep.search is None:
             return
         for cell in SearchGrowth(self.plan, Path()).cells:
-            own = [entry for entry in self.raw.get("search", []) if _text(entry["cell"]) == _text(cell.cell)]
+            own = [entry for entry in self.raw.get("search", []) if canonical(entry["cell"]) == canonical(cell.cell)]
             yield cell, [Sample(entry["number"], entry["params"]) for entry in own]
 
 
@@ -290,7 +290,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _text(cell: Mapping[str, Any]) -> str:
-    return json.dumps(dict(cell), sort_keys=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import OVER, Role, TrialRow
-from orchestrator.plan import PlannedTrial, cell_text
+from orchestrator.plan import PlannedTrial, canonical, cell_text
 from orchestrator.room import Room
 from orchestrator.search_history import Event, History, Sample, asked, best, mean, pareto_front, restarted, told, warmed
 from orchestrator.search_sampler import suggest
@@ -56,7 +56,7 @@ class CellSearch:
         self.study = _study_name(question, cell, settings)
         self._question = question
         self._settings = settings
-        self._key = _canonical(cell)
+        self._key = canonical(cell)
         self._history: History | None = None
         self._ids: dict[int, list[str]] = {}  # of the trials of each suggestion
         self._impossible: dict[int, str] = {}  # why a suggestion has no trials
@@ -273,8 +273,4 @@ def _study_name(question: Question, cell: Mapping[str, Any], settings: Mapping[s
     asked_for = {key: value for key, value in search.items() if key not in ("samples", "parallel")}
     base = identity(resolve({**settings, "seed": 0}))
     whole = {"cell": cell, "base": base, "search": asked_for, "seeds": list(question.seeds)}
-    return hashlib.sha256(_canonical(whole).encode()).hexdigest()[:16]
-
-
-def _canonical(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical(whole).encode()).hexdigest()[:16]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import TrialRow
-from orchestrator.plan import Plan, PlannedTrial, plain_cell
+from orchestrator.plan import Plan, PlannedTrial, canonical, plain_cell
 from orchestrator.search import SearchGrowth
 from orchestrator.search_cell import CellSearch
 from orchestrator.search_history import Sample
@@ -37,10 +36,10 @@ def plan_json(
     searches = SearchGrowth(plan, Path()).cells
     by_cell: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for trial in cells:
-        by_cell[_canonical(trial["cell"])].append(trial)
+        by_cell[canonical(trial["cell"])].append(trial)
     trials: list[dict[str, Any]] = []
     for search in searches:
-        trials += by_cell[_canonical(search.cell)] or [_pending(trial) for trial in search.finals(_BASE)]
+        trials += by_cell[canonical(search.cell)] or [_pending(trial) for trial in search.finals(_BASE)]
     suggestions = [entry for search in searches for entry in _suggestions(search, plan, ledger)]
     return {**content, "trials": trials, "search": suggestions}
 
@@ -91,7 +90,7 @@ def _entry(row: TrialRow) -> dict[str, Any]:
 
 
 def _pending(trial: PlannedTrial) -> dict[str, Any]:
-    key = hashlib.sha256(_canonical(trial.cell).encode()).hexdigest()[:12]
+    key = hashlib.sha256(canonical(trial.cell).encode()).hexdigest()[:12]
     return {
         "trial_id": f"{PENDING}{key}-{trial.seed}",
         "name": trial.name,
@@ -122,7 +121,3 @@ def _suggestions(search: CellSearch, plan: Plan, ledger: Ledger) -> list[dict[st
 
 def _values(sample: Sample, metrics: Sequence[str]) -> dict[str, float] | None:
     return None if sample.values is None else dict(zip(metrics, sample.values, strict=True))
-
-
-def _canonical(cell: Mapping[str, Any]) -> str:
-    return json.dumps(cell, sort_keys=True)

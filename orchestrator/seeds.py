@@ -11,7 +11,7 @@ from typing import Any
 
 from orchestrator.ledger import Ledger, TrialRow
 from orchestrator.ledger_schema import OVER, State
-from orchestrator.plan import Plan, PlannedTrial, interval_half_width
+from orchestrator.plan import Plan, PlannedTrial, canonical, interval_half_width
 from trainers.config import TrialConfig, trial_id
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class SeedGrowth:
             self._known.add(trial)
             row = ledger.row(trial)
             if row.seed in self._more.block:
-                key = _key(row.cell)
+                key = canonical(row.cell)
                 if key not in self._cells:
                     self._cells[key] = _Cell(row.cell, seeds=self._kept.get(key))
                     self._pairs.clear()
@@ -122,10 +122,10 @@ class SeedGrowth:
         """The cell that `cell` is compared with; None for baselines themselves and where there is none."""
         if self._baseline is None:
             return None
-        key = _key(cell.values)
+        key = canonical(cell.values)
         if key not in self._pairs:
             found = baseline_of(cell.values, [other.values for other in self._cells.values()], self._baseline)
-            self._pairs[key] = None if found is None or found == cell.values else _key(found)
+            self._pairs[key] = None if found is None or found == cell.values else canonical(found)
         paired = self._pairs[key]
         return None if paired is None else self._cells[paired]
 
@@ -200,10 +200,6 @@ def _fits(values: Values, wanted: Values, fixed: Values) -> bool:
         if values.get(axis) != value and not idle:
             return False
     return True
-
-
-def _key(values: Values) -> str:
-    return json.dumps(dict(values), sort_keys=True)
 
 
 def _last(ledger: Ledger, row: TrialRow, metric: str) -> float | None:
