@@ -272,7 +272,13 @@ def test_following_can_be_left_and_the_job_be_stopped_resumably(
     small = tree(tmp_path)
     run = command(small, address, tmp_path / "shared", "--set", "optim.steps=100000")
     following = subprocess.Popen(
-        run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=user, cwd=small.folder
+        run,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=user,
+        cwd=small.folder,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `make test-slow &` ignores it
     )
     deadline = time.monotonic() + 120
     checkpoints = tmp_path / "shared" / "small" / "trials"
