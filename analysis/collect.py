@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from analysis.schemas import METRICS, RUNS, STATUSES, TOKEN_NORMS, TOKEN_STATISTICS, canonical, setting_column
 
+OUTLIER_LIMIT = 0.005  # of patches: a fraction whose upper bound is below counts as no outliers
 IMPORTED = "imported"  # a setting of results of other tools: that they are
 
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -49,6 +50,7 @@ class PlannedTrial:
     name: str
     cell: Mapping[str, Any]
     seed: int
+    training_flops: float | None = None  # of the whole trial, as planned; None where nothing is known
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class SweepPlan:
     trials: tuple[PlannedTrial, ...]
     first_seeds: tuple[int, ...] | None = None  # where cells got more seeds by the variance of these
     scheduler: str | None = None  # that stopped trials early
+    match: str | None = None  # "steps" or "flops": what the sweep declares equal between compared cells
+    score: Mapping[str, Any] | None = (
+        None  # the declared rule by which a trial's scoring step is chosen; None: its last
+    )
+    outlier_limit: float = OUTLIER_LIMIT
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,13 @@ def read_plan(folder: Path) -> SweepPlan:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         trials = tuple(
-            PlannedTrial(str(t["trial_id"]), str(t.get("name") or t["trial_id"]), dict(t["cell"]), int(t["seed"]))
+            PlannedTrial(
+                trial_id=str(t["trial_id"]),
+                name=str(t.get("name") or t["trial_id"]),
+                cell=dict(t["cell"]),
+                seed=int(t["seed"]),
+                training_flops=None if t.get("training_flops") is None else float(t["training_flops"]),
+            )
             for t in raw["trials"]
         )
         plan = SweepPlan(
@@ -146,6 +159,9 @@ def read_plan(folder: Path) -> SweepPlan:
             trials=trials,
             first_seeds=_first_seeds(raw),
             scheduler=None if raw.get("scheduler") is None else str(raw["scheduler"]["name"]),
+            match=None if raw.get("match") is None else str(raw["match"]),
+            score=None if raw.get("score") is None else dict(raw["score"]),
+            outlier_limit=float(raw.get("outlier_limit") or OUTLIER_LIMIT),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a readable plan: {_short(error)}") from error

@@ -19,7 +19,7 @@ from analysis.labels import REGISTERS
 from analysis.schemas import canonical
 
 if TYPE_CHECKING:
-    from analysis.tables import Score, Scores
+    from analysis.scores import Score, Scores
 
 PROBE = "object_discovery"
 COMMON = "common_bias"

@@ -13,7 +13,7 @@ from analysis.figures.discovery import Line, Panel, corloc_by_bias
 from analysis.figures.style import Drawn
 from analysis.labels import axis_labels, cell_text
 from analysis.layout import Layout
-from analysis.tables import Score, Scores
+from analysis.scores import Score, Scores
 
 Curve = Mapping[float, Mapping[str, Score]]
 

@@ -19,7 +19,7 @@ from analysis.histograms import pooled
 from analysis.labels import REGISTERS
 from analysis.layout import SIZE, Layout, arrange
 from analysis.norms import PATCH, EvaluatedNorms, TokenNorms, patches
-from analysis.tables import Scores
+from analysis.scores import Scores
 
 _ONSET = "tokens/onset_step"
 _PAPER = {REGISTERS: " (as the paper's Fig. 7)", SIZE: " (as the paper's Fig. 4c)"}

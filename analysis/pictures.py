@@ -16,7 +16,7 @@ from analysis.figures.metrics import Curve, Point
 from analysis.figures.style import Drawn
 from analysis.labels import axis_labels, cell_text
 from analysis.layout import Layout, arrange
-from analysis.tables import Scores
+from analysis.scores import Scores
 
 OUTLIERS = "tokens/last/outlier_fraction"
 LOSS = "train/loss"

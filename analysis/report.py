@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-import pyarrow as pa
 
 from analysis import reference
 from analysis.answer import supported
-from analysis.cells import Cell, cells
+from analysis.cells import Cell
 from analysis.collect import Frames
 from analysis.discovery import is_curve
 from analysis.figures.style import Drawn
 from analysis.group_tables import cost_table, measured_tables
 from analysis.labels import NONE, Unit, axis_labels, cell_text, flag_text, metric_label, unit, value_text
+from analysis.results import Results
 from analysis.schemas import RUNS, STATUSES, canonical
-from analysis.tables import Scores
+from analysis.scores import Scores
 from analysis.terminal import shown_metrics
 
 _MOST_ROWS = 2_000  # of exploratory metrics; all of them stand in tables/ablation.parquet
@@ -37,26 +37,15 @@ _KEY_SETTINGS = (
 _PROVENANCE = ("git_commit", "device", "threads", "data_fingerprint", "versions")
 
 
-def render(
-    frames: Frames,
-    ablation: pa.Table,
-    scores: Scores,
-    answer: str,
-    varying: Sequence[str],
-    drawn: Sequence[Drawn],
-    problems: Sequence[str],
-) -> str:
+def render(results: Results, drawn: Sequence[Drawn], problems: Sequence[str]) -> str:
     """The page as HTML; everything that comes from outside is escaped, and nothing is fetched from a network.
 
     Args:
-        ablation: the table of `tables.ablation`.
-        answer: the sentence of `answer.answer`.
-        varying: the axes in which cells differ; the others are settings.
         problems: what could not be read or drawn, one text each.
     """
-    rows = ablation.to_pylist()
+    frames, scores, rows = results.frames, results.scores, results.rows
+    everything, varying = results.cells, results.varying
     runs = frames.runs.to_pylist()
-    everything = cells(frames.plan)
     metrics = shown_metrics(frames.plan, rows)
     views = _row_views(rows, everything, varying)
     main = [(metric, _heading(metric), [view for view in views if view["metric"] == metric]) for metric in metrics]
@@ -69,7 +58,7 @@ def render(
     )
     return environment.get_template("report.html.j2").render(
         plan=frames.plan,
-        answer=answer,
+        answer=results.answer,
         statuses=_statuses(runs),
         total=len(runs),
         axes=[axis_labels(frames.plan.axes)[axis] for axis in varying],

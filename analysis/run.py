@@ -31,36 +31,22 @@ def analyse(folder: Path) -> Analysis:
     Raises:
         ValueError: `folder` is not a sweep's folder.
     """
-    from analysis import report, tables, terminal
-    from analysis.answer import answer
-    from analysis.cells import cells, varying
+    from analysis import report, terminal
     from analysis.collect import collect
     from analysis.pictures import draw
     from analysis.publish import publish_bytes, write_tables
+    from analysis.results import evaluate
 
     frames = collect(folder)
-    scores = tables.last_scores(frames)
-    ablation = tables.ablation(frames, scores=scores)
-    written = write_tables(
-        folder / "tables",
-        {
-            "runs": frames.runs,
-            "metrics": frames.metrics,
-            "token_norms": frames.token_norms,
-            "token_statistics": frames.token_statistics,
-            "ablation": ablation,
-        },
-    )
-    apart = varying(frames.plan.axes, cells(frames.plan))
-    rows = ablation.to_pylist()
-    sentence = answer(frames.plan, rows, apart)
-    pictures = draw(frames, scores)
+    results = evaluate(frames)
+    written = write_tables(folder / "tables", results.tables())
+    pictures = draw(frames, results.scores)
     problems = (*frames.problems, *pictures.problems)
     figures = _publish_figures(folder / "figures", {d.name: (d.png, d.svg) for d in pictures.drawn})
-    page = report.render(frames, ablation, scores, sentence, apart, pictures.drawn, problems)
+    page = report.render(results, pictures.drawn, problems)
     return Analysis(
-        answer=sentence,
-        terminal=terminal.ablation_table(frames.plan, rows, apart),
+        answer=results.answer,
+        terminal=terminal.ablation_table(frames.plan, results.rows, results.varying),
         tables=written,
         figures=figures,
         report=publish_bytes(folder / "report.html", page.encode("utf-8")),

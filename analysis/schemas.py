@@ -90,6 +90,60 @@ ABLATION = pa.schema(
     ]
 )
 
+# After the columns of the axes: how a metric goes with an ordered axis (null in its own column), all else equal.
+TRENDS = pa.schema(
+    [
+        ("axis", pa.string()),
+        ("metric", pa.string()),
+        ("primary", pa.bool_()),
+        ("n_levels", pa.int64()),
+        ("n_seeds", pa.int64()),  # that have a score at every level
+        ("page_l", pa.float64()),
+        ("direction", pa.string()),  # "rises", "falls", or null
+        ("page_p", pa.float64()),  # two-sided
+        ("page_p_adjusted", pa.float64()),
+        ("slope", pa.float64()),  # of the quadratic in log2(1 + value), at its middle
+        ("slope_low", pa.float64()),
+        ("slope_high", pa.float64()),
+        ("curvature", pa.float64()),
+        ("curvature_low", pa.float64()),
+        ("curvature_high", pa.float64()),
+        ("curvature_p", pa.float64()),
+        ("optimum", pa.float64()),  # axis value of the extremum, null where none lies between the levels
+        ("flags", pa.list_(pa.string())),
+    ]
+)
+
+# After the columns of the axes: whether a cell has no outliers, as an equivalence statement.
+ELIMINATION = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("n", pa.int64()),
+        ("mean", pa.float64()),
+        ("upper", pa.float64()),  # one-sided 95 % bound
+        ("limit", pa.float64()),
+        ("below", pa.bool_()),
+        ("smallest", pa.bool_()),  # the smallest count of registers that is below with all larger ones
+        ("method", pa.string()),
+        ("flags", pa.list_(pa.string())),
+    ]
+)
+
+# After the columns of the axes: the fraction of patches above τ/median for every τ, bands simultaneous over all τ.
+THRESHOLDS = pa.schema(
+    [
+        ("ratio", pa.float64()),
+        ("n", pa.int64()),
+        ("fraction", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("n_paired", pa.int64()),
+        ("delta", pa.float64()),
+        ("delta_low", pa.float64()),
+        ("delta_high", pa.float64()),
+    ]
+)
+
 
 def setting_type(values: Iterable[object]) -> pa.DataType:
     """The column type that holds all `values` of a setting: bool, int64, float64 or string.

@@ -12,7 +12,7 @@ from analysis import histograms, schemas
 from analysis.collect import collect
 from analysis.labels import metric_label
 from analysis.pictures import draw
-from analysis.tables import last_scores
+from analysis.scores import last_scores
 from orchestrator import publish
 from tests.analysis import fabricated
 from tests.trainers.runs import run

@@ -17,7 +17,9 @@ from analysis.discovery import common, comparisons, families, is_curve
 from analysis.layout import arrange
 from analysis.pictures import draw
 from analysis.report import render
-from analysis.tables import ablation, last_scores
+from analysis.results import evaluate
+from analysis.scores import last_scores
+from analysis.tables import ablation
 from analysis.terminal import ablation_table, shown_metrics
 from tests.analysis.fabricated import REGISTERS, Trial, publish
 
@@ -201,7 +203,7 @@ def test_the_ablation_has_all_and_what_is_shown_has_no_curve(tmp_path: Path) -> 
         f"{TEST}common_bias/corloc",
         f"{TEST}corloc",
     ]
-    page = render(frames, table, scores, "", [REGISTERS], draw(frames, scores).drawn, ())
+    page = render(evaluate(frames), draw(frames, scores).drawn, ())
     assert "CorLoc (common bias, LOST, test)" in page and "bias −1.0" not in page
     assert ablation_table(frames.plan, table.to_pylist(), [REGISTERS]).row_count == 2
 

@@ -19,7 +19,7 @@ from analysis.figures.maps import AttentionMaps, NormMap
 from analysis.figures.style import Drawn
 from analysis.pictures import Pictures, draw
 from analysis.schemas import TOKEN_NORMS
-from analysis.tables import last_scores
+from analysis.scores import last_scores
 from tests.analysis.fabricated import (
     GRID,
     OUTLIERS,

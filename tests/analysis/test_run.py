@@ -19,8 +19,9 @@ from analysis import report
 from analysis.answer import answer, supported
 from analysis.cells import cells, varying
 from analysis.collect import collect
+from analysis.results import evaluate
 from analysis.run import Analysis, analyse
-from analysis.tables import ablation, last_scores
+from analysis.tables import ablation
 from analysis.thresholds import METRIC as FROZEN
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
 
@@ -334,8 +335,7 @@ def test_exploratory_metrics_come_in_their_order_and_are_limited(
 def rendered(folder: Path) -> Page:
     """The page without pictures."""
     frames = collect(folder)
-    scores = last_scores(frames)
-    return Page(report.render(frames, ablation(frames, scores=scores), scores, "", [REGISTERS], (), ()))
+    return Page(report.render(evaluate(frames), (), ()))
 
 
 def exploratory(page: Page) -> list[str]:

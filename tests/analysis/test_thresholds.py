@@ -14,7 +14,8 @@ from analysis.cells import cells
 from analysis.collect import Frames, collect
 from analysis.norms import EvaluatedNorms, patches
 from analysis.schemas import TOKEN_NORMS
-from analysis.tables import ablation, last_scores
+from analysis.scores import last_scores
+from analysis.tables import ablation
 from analysis.thresholds import FLAG, METRIC, curve, frozen, threshold
 from tests.analysis.fabricated import REGISTERS, TOP1, Trial, norm_row, patch_norms, publish, registers_sweep
 
