@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: install quickstart test test-slow test-reliability check bench constraints clean
+.PHONY: install quickstart test test-slow test-reliability check bench constraints screenshot clean
 
 install: $(STAMP)
 
@@ -42,6 +42,9 @@ test-reliability: install
 bench: install
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[bench]'
 	$(OFFLINE) $(BIN)/python -m benchmarks
+
+screenshot: install
+	$(BIN)/python -m docs.screenshot_report runs/quickstart/report.html docs/quickstart_report.png
 
 constraints: install
 	{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new && mv constraints.new constraints.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from analysis.collect import PlannedTrial, SweepPlan
@@ -17,7 +18,7 @@ class Cell:
     values: Mapping[str, Any]
     trials: tuple[PlannedTrial, ...]
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Text that only equal combinations share."""
         return canonical(dict(self.values))
@@ -47,13 +48,30 @@ def cells(plan: SweepPlan) -> tuple[Cell, ...]:
     return tuple(sorted(built, key=lambda cell: [order(value) for value in cell.values.values()]))
 
 
-def baseline_of(cell: Cell, everything: Sequence[Cell], baseline: Mapping[str, Any] | None) -> Cell | None:
-    """The cell that has the baseline's values and equals `cell` in everything else; None where there is none.
+def compared_with(everything: Sequence[Cell], baseline: Mapping[str, Any] | None) -> dict[str, Cell | None]:
+    """The cell that each cell is compared with, by key: one that has the baseline's values and equals it in everything
+    else; None where there is none.
 
     A setting that has no effect in one of the two is null there and does not tell them apart: with axes
     num_registers × reg_init_std, the cell (0, null) is the baseline of (4, 0.02) and of (4, 1e-6). Where several
     cells fit equally, none is chosen.
     """
+    if baseline is None:
+        return {cell.key: None for cell in everything}
+    candidates = [cell for cell in everything if is_baseline(cell, baseline)]
+    same: dict[Any, list[Cell]] = {}  # an index: of thousands of cells, not each can be compared with each
+    for candidate in candidates:
+        same.setdefault(_hashable(candidate.values), []).append(candidate)
+    found: dict[str, Cell | None] = {}
+    for cell in everything:
+        wanted = {**cell.values, **baseline}
+        fits = same.get(_hashable(wanted)) or [other for other in candidates if _fits(other.values, wanted, baseline)]
+        found[cell.key] = fits[0] if len(fits) == 1 else None
+    return found
+
+
+def baseline_of(cell: Cell, everything: Sequence[Cell], baseline: Mapping[str, Any] | None) -> Cell | None:
+    """The cell that `cell` is compared with, as `compared_with` says of all of `everything` at once."""
     if baseline is None:
         return None
     wanted = {**cell.values, **baseline}
@@ -71,6 +89,13 @@ def is_baseline(cell: Cell, baseline: Mapping[str, Any] | None) -> bool:
 def varying(axes: Iterable[str], everything: Sequence[Cell]) -> list[str]:
     """The axes in which the cells differ; an axis with one value tells nothing apart."""
     return [axis for axis in axes if len({canonical(cell.values[axis]) for cell in everything}) > 1]
+
+
+def _hashable(value: Any) -> Any:
+    """What is equal, and of equal hash, for equal values of settings."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _hashable(one)) for name, one in value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
 def _fits(values: Mapping[str, Any], wanted: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:

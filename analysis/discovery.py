@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from analysis.cells import Cell, baseline_of, cells
+from analysis.cells import Cell, cells, compared_with
 from analysis.collect import Frames
 from analysis.labels import REGISTERS
 from analysis.schemas import canonical
@@ -66,9 +66,10 @@ def comparisons(frames: Frames, scores: Scores) -> tuple[Comparison, ...]:
     curves = families(scores)
     runs = {run["trial_id"]: run for run in frames.runs.to_pylist()}
     everything = cells(frames.plan)
+    baselines = compared_with(everything, frames.plan.baseline)
     grouped: dict[str, list[Cell]] = {}
     for cell in everything:
-        baseline = baseline_of(cell, everything, frames.plan.baseline)
+        baseline = baselines[cell.key]
         alike = baseline.key if baseline is not None else _without_registers(cell)
         grouped.setdefault(canonical([alike, _settings(cell, runs)]), []).append(cell)
     return tuple(Comparison(tuple(members), _best(members, curves, runs)) for members in grouped.values())

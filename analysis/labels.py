@@ -35,6 +35,7 @@ _LABELS = {
     "tokens/last/max_over_median": "maximum / median norm (last layer)",
     "tokens/onset_layer": "onset layer of outliers",
     "tokens/onset_step": "onset step of outliers",
+    "score/step": "scoring step",
     "tokens/padding_fraction": "patches of padding",
     "tokens/location/images_with_outliers": "images with outliers",
     "tokens/location/outliers_per_image": "outliers per image",
@@ -226,8 +227,38 @@ def cell_text(values: Mapping[str, Any], axes: Iterable[str], names: Mapping[str
     return ", ".join(parts) or "the only cell"
 
 
+def cell_name(values: Mapping[str, Any], varying: Iterable[str], names: Mapping[str, str]) -> str:
+    """The same, and "4 registers" where cells differ in nothing else."""
+    return registers([values[REGISTERS]]) if list(varying) == [REGISTERS] else cell_text(values, varying, names)
+
+
+def registers(counts: Sequence[Any]) -> str:
+    """Counts of registers in words: "1 register", "1, 2 and 4 registers"."""
+    return f"{joined([value_text(count) for count in counts], 'and')} register{'' if list(counts) == [1] else 's'}"
+
+
+def joined(parts: Sequence[str], word: str) -> str:
+    """A list in words; `parts` are one or more."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} {word} {parts[-1]}"
+
+
+_METHODS = {
+    "paired_t": "Student's t of paired differences",
+    "paired_t_bonferroni": "Student's t of paired differences, simultaneous by Bonferroni",
+    "pooled_dunnett": "Dunnett's simultaneous intervals with residuals pooled over cells",
+    "stein two-stage t": "Stein's two-stage t",
+}
+
+
+def method_text(method: str) -> str:
+    """How an interval was made, in words."""
+    return _METHODS.get(method, method.replace("_", " "))
+
+
 FLAGS = {
     "adaptive": "more seeds than the first ones were run, as many as the variance of those asked for",
+    "best_checkpoint": "scores are of the step at which the declared validation metric was best, so that this metric "
+    "itself is optimistic",
     "baseline": "this is the baseline that others are compared with",
     "censored": "a scheduler stopped trials early by their scores, so those in the mean are no fair sample",
     "chosen_on_val": "the best linear head was chosen on the validation images, where scores are therefore optimistic",
@@ -247,10 +278,15 @@ FLAGS = {
     "no_variance": "all paired differences are equal, so there is no p-value",
     "not_finite": "a score is NaN or infinite and is not in the mean",
     "observational": "released weights differ in more than the axis, so a difference is not its effect",
+    "over_images": "the interval is over test images of two given models, and says nothing of further runs",
     "one_seed": "one seed or one pair: no spread or interval can be given",
     "partly_paired": "not every seed of the cell has a score of its baseline beside it",
     "pruned": "trials were pruned and are not in the mean",
+    "scored_early": "scores are of a declared step before the end of training",
     "stopped": "trials were stopped and are not in the mean",
+    "unequal_flops": "training cost more or less FLOPs than the baseline's, by over 1 %, as registers do: the report "
+    "says what each costs",
+    "unequal_steps": "trials trained for more or fewer steps than the baseline's",
 }
 
 

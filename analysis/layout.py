@@ -13,7 +13,7 @@ from analysis.schemas import canonical
 
 SIZE = "model.size"
 MOST_SERIES = 4  # pictures with a panel for each cell are drawn for each series
-_SIZES = ("nano", "tiny", "small", "base", "large", "giant")  # small ones first, as an axis shows them
+_SIZES = ("nano", "tiny", "small", "base", "large", "huge", "giant")  # small ones first, as an axis shows them
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ def arrange(frames: Frames, axis: str | None = None) -> Layout:
     return Layout(axis, x_label, tuple(xs.values()), {label: tuple(members) for label, members in series.items()})
 
 
+def place(axis: str, value: Any) -> tuple[int, tuple[int, Any]]:
+    """A sort key for values of `axis` as readers expect them: model sizes from the smallest, else as `order` has it."""
+    return (_SIZES.index(value) if axis == SIZE and value in _SIZES else len(_SIZES), order(value))
+
+
 def _sorted(everything: Sequence[Cell], axis: str | None) -> list[Cell]:
-    """Cells in the order of the x axis, model sizes from the smallest; else as they are."""
+    """Cells in the order of the x axis; else as they are."""
     if axis is None:
         return list(everything)
-    sizes = {size: rank for rank, size in enumerate(_SIZES)} if axis == SIZE else {}
-    return sorted(everything, key=lambda cell: (sizes.get(cell.values[axis], len(sizes)), order(cell.values[axis])))
+    return sorted(everything, key=lambda cell: place(axis, cell.values[axis]))

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from analysis.arrays import Arrays, Read, Records, integers
-from analysis.cells import Cell
+from analysis.cells import Cell, cells, varying
 from analysis.collect import Frames
 from analysis.figures import maps, neighbors
 from analysis.figures.maps import AttentionMaps, NormMap, PositionMap
 from analysis.figures.neighbors import Similarities
 from analysis.figures.style import Drawn
-from analysis.layout import Layout
+from analysis.layout import Layout, arrange
 from analysis.norm_pictures import named_after
+
+ANTIALIAS = "model.pos_antialias"
 
 
 class _OverImages(Protocol):
@@ -38,6 +41,7 @@ def draw(frames: Frames, layout: Layout, problems: list[str]) -> Iterator[Drawn]
         for drawn in _of_series(records, layout, members, problems):
             norm_maps |= drawn.name == "norm_map"
             yield named_after(drawn, suffix, label)
+    yield from _with_and_without_antialias(records, frames, layout)
     if not norm_maps:
         problems.append("norm maps are not drawn: no finished trial has a norm map")
 
@@ -46,11 +50,7 @@ def _of_series(records: Records, layout: Layout, members: Sequence[Cell], proble
     found = _first_of_each(records, layout, members, "norm_map", ("images", "norms", "layer"), _norm_map, problems)
     if found:
         yield maps.norm_map(found)
-    places = [found_ for cell in members if (found_ := _position(records, layout.label(cell), cell, problems))]
-    if any(place.counts.any() for place, _ in places):
-        of_layers = sorted({layer for _, layer in places})
-        where = f"layer {of_layers[0]}" if len(of_layers) == 1 else "its layer"
-        yield maps.position_map([place for place, _ in places], where)
+    yield from _positions(records, layout, members, problems)
     alike = [one for cell in members if (one := _similarities(records, layout.label(cell), cell, problems))]
     if any(one.outlier.any() for one in alike):
         yield neighbors.neighbor_similarity(alike)
@@ -61,6 +61,29 @@ def _of_series(records: Records, layout: Layout, members: Sequence[Cell], proble
     if any(set(entry.tokens) - {"cls"} for entry in seen):
         yield maps.register_attention(seen)
         yield maps.average_attention(seen)
+
+
+def _positions(records: Records, layout: Layout, members: Sequence[Cell], problems: list[str]) -> Iterator[Drawn]:
+    """Where the outliers of cells are; nothing where they have none."""
+    places = [found for cell in members if (found := _position(records, layout.label(cell), cell, problems))]
+    if any(place.counts.any() for place, _ in places):
+        of_layers = sorted({layer for _, layer in places})
+        where = f"layer {of_layers[0]}" if len(of_layers) == 1 else "its layer"
+        yield maps.position_map([place for place, _ in places], where)
+
+
+def _with_and_without_antialias(records: Records, frames: Frames, layout: Layout) -> Iterator[Drawn]:
+    """Positions with and without antialiased position embeddings side by side, where that is another axis.
+
+    What could not be read has been said by the pictures of series.
+    """
+    if layout.axis == ANTIALIAS or ANTIALIAS not in varying(frames.plan.axes, cells(frames.plan)):
+        return
+    beside = arrange(frames, ANTIALIAS)
+    for suffix, label, members in beside.first_series():
+        for drawn in _positions(records, beside, members, []):
+            one = replace(drawn, name="position_map_antialias", title="Positions of outliers and antialiasing")
+            yield named_after(one, suffix, label)
 
 
 def _first_of_each(

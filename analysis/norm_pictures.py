@@ -13,13 +13,16 @@ from analysis.cells import Cell
 from analysis.collect import Frames
 from analysis.figures import bands, distributions
 from analysis.figures.bands import Band
-from analysis.figures.distributions import Norms, Shares
+from analysis.figures.distributions import Norms
 from analysis.figures.style import Drawn
-from analysis.histograms import pooled
+from analysis.figures.thresholds import Shares, above_every_threshold
+from analysis.histograms import Floats, pooled
 from analysis.labels import REGISTERS
 from analysis.layout import SIZE, Layout, arrange
 from analysis.norms import PATCH, EvaluatedNorms, TokenNorms, patches
+from analysis.results import Results
 from analysis.scores import Scores
+from analysis.threshold_bands import CellBands
 
 _ONSET = "tokens/onset_step"
 _PAPER = {REGISTERS: " (as the paper's Fig. 7)", SIZE: " (as the paper's Fig. 4c)"}
@@ -27,8 +30,9 @@ _PAPER = {REGISTERS: " (as the paper's Fig. 7)", SIZE: " (as the paper's Fig. 4c
 Rows = Sequence[Mapping[str, Any]]
 
 
-def draw(frames: Frames, layout: Layout, scores: Scores, problems: list[str]) -> Iterator[Drawn]:
+def draw(results: Results, layout: Layout, problems: list[str]) -> Iterator[Drawn]:
     """Pictures of norms of all series; of what no finished trial has there is none, and it is said once."""
+    frames, scores = results.frames, results.scores
     norms = EvaluatedNorms(frames)
     ends = norms.last_layer()
     shown = [trial.trial_id for _, _, members in layout.first_series() for cell in members for trial in cell.trials]
@@ -51,8 +55,8 @@ def draw(frames: Frames, layout: Layout, scores: Scores, problems: list[str]) ->
         if any(len(of_cell) > 1 for of_cell in kinds.values()):
             yield named_after(distributions.norms_by_kind(kinds), suffix, label)
     yield from _side_by_side(frames, layout, ends, ratios)
-    if (every := _every_threshold(layout, patches(ends))) is not None:
-        yield distributions.above_every_threshold(every, thresholds.RATIOS, _frozen_of(layout, ratios))
+    if (every := _every_threshold(layout, patches(ends), results.bands)) is not None:
+        yield above_every_threshold(every, thresholds.RATIOS, _frozen_of(layout, ratios))
 
 
 def named_after(drawn: Drawn, suffix: str, series: str) -> Drawn:
@@ -156,7 +160,9 @@ def _side_by_side(
             yield distributions.norms_by_cell(name, groups, arranged.x_label, _PAPER.get(arranged.axis, ""))
 
 
-def _every_threshold(layout: Layout, ends: Mapping[str, TokenNorms]) -> dict[str, list[Shares]] | None:
+def _every_threshold(
+    layout: Layout, ends: Mapping[str, TokenNorms], bands: Mapping[str, CellBands]
+) -> dict[str, list[Shares]] | None:
     found: dict[str, list[Shares]] = {}
     for label, members in layout.series.items():
         for cell in members:
@@ -164,8 +170,18 @@ def _every_threshold(layout: Layout, ends: Mapping[str, TokenNorms]) -> dict[str
             if own:
                 fractions = [thresholds.curve(end) for end in own]
                 most = max(end.histogram.total for end in own)
-                found.setdefault(label, []).append(Shares(layout.label(cell), fractions, most))
+                shares = Shares(layout.label(cell), fractions, most, *_bounds(bands.get(cell.key)))
+                found.setdefault(label, []).append(shares)
     return found or None
+
+
+def _bounds(bands: CellBands | None) -> tuple[tuple[Floats, Floats] | None, tuple[tuple[float, float], ...]]:
+    """The band of a cell's fraction, and the stretches of τ/median over which its difference keeps its sign."""
+    if bands is None:
+        return None, ()
+    whole = bands.fraction
+    band = None if whole is None or whole.low is None or whole.high is None else (whole.low, whole.high)
+    return band, tuple((stretch.first, stretch.last) for stretch in bands.holds())
 
 
 def _frozen_of(layout: Layout, ratios: Mapping[str, float | None]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Which rows of token_norms say how a trial ended: probe images, evaluated weights, last step and layer; pure."""
+"""Which rows of token_norms say how a trial ended: probe images, evaluated weights, scored step, last layer; pure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from analysis.collect import Frames
 from analysis.histograms import Histogram, read
+from analysis.scoring import scoring_steps, until_scored
 
 PATCH = "patch"
 _WEIGHTS = ("teacher", "raw", "ema")  # the first of these that a trial has at its end is what its recipe evaluates
@@ -35,8 +36,11 @@ class EvaluatedNorms:
     def __init__(self, frames: Frames) -> None:
         runs = frames.runs
         finished = runs.filter(pc.equal(runs["status"], "finished"))["trial_id"]
-        norms = frames.token_norms
+        self._histograms = frames.token_norms["histogram"]  # by far the most of the table: only few are looked at
+        norms = frames.token_norms.drop_columns(["histogram"])
+        norms = norms.append_column("row", pa.array(np.arange(norms.num_rows)))
         norms = norms.filter(pc.and_(pc.equal(norms["source"], "probe"), pc.is_in(norms["trial_id"], finished)))
+        norms = until_scored(norms, scoring_steps(frames.metrics))
         trials, steps = _codes(norms["trial_id"]), np.asarray(norms["step"], np.int64)
         rank = np.asarray(pc.index_in(norms["weights"], pa.array(_WEIGHTS)).fill_null(len(_WEIGHTS)), np.int64)
         at_end = steps == _reduced(np.maximum, trials, steps)[trials]
@@ -47,10 +51,17 @@ class EvaluatedNorms:
         self._at_end = pa.array(at_end)
         self._last_layer = pa.array(layers == _reduced(np.maximum, trials, layers)[trials])
 
-    def last_layer(self) -> dict[str, dict[str, TokenNorms]]:
-        """The last layer at the end, by trial and kind of token; tokens whose norms are all missing are left out."""
+    def last_layer(self, token: str | None = None) -> dict[str, dict[str, TokenNorms]]:
+        """The last layer at the end, by trial and kind of token; tokens whose norms are all missing are left out.
+
+        With `token`, of that kind of token only.
+        """
         rows = self._norms.filter(pc.and_(self._at_end, self._last_layer))
-        histograms = read(rows["histogram"], rows["max"].to_pylist())
+        if token is not None:
+            rows = rows.filter(pc.equal(rows["token"], token))
+        looked_at = np.zeros(len(self._histograms), np.bool_)
+        looked_at[np.asarray(rows["row"], np.int64)] = True
+        histograms = read(self._histograms.filter(pa.array(looked_at)), rows["max"].to_pylist())
         found: dict[str, dict[str, TokenNorms]] = {}
         columns = (rows[name].to_pylist() for name in ("trial_id", "token", "step", "layer", "otsu_threshold"))
         for trial_id, token, step, layer, otsu, histogram in zip(*columns, histograms, strict=True):
@@ -60,7 +71,7 @@ class EvaluatedNorms:
 
     def layers(self, trials: Collection[str]) -> dict[str, list[dict[str, Any]]]:
         """Rows of all layers and kinds of token at the end, without histograms, by trial."""
-        rows = self._norms.drop_columns(["histogram"]).filter(self._at_end)
+        rows = self._norms.drop_columns(["row"]).filter(self._at_end)
         return _by_trial(rows.filter(pc.is_in(rows["trial_id"], pa.array(trials, pa.string()))))
 
     def steps(self, trials: Collection[str]) -> dict[str, list[dict[str, Any]]]:

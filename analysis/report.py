@@ -1,91 +1,177 @@
-"""report.html: one self-contained page with a sweep's question, answer, table, pictures, cost and provenance."""
+"""report.html: one self-contained page with a sweep's question, answer, tables, curves, pictures and provenance."""
 
 from __future__ import annotations
 
 import base64
-import math
+import hashlib
+import json
 import struct
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
-from analysis import reference
-from analysis.answer import supported
-from analysis.cells import Cell
-from analysis.collect import Frames
+from analysis import report_facts as facts
+from analysis import report_views as views
+from analysis.answer import baseline_text
+from analysis.curves import curves
 from analysis.discovery import is_curve
 from analysis.figures.style import Drawn
 from analysis.group_tables import cost_table, measured_tables
-from analysis.labels import NONE, Unit, axis_labels, cell_text, flag_text, metric_label, unit, value_text
+from analysis.labels import axis_labels, method_text
+from analysis.report_along import along
+from analysis.report_grid import Names, clipped, pairs
 from analysis.results import Results
-from analysis.schemas import RUNS, STATUSES, canonical
-from analysis.scores import Scores
 from analysis.terminal import shown_metrics
 
-_MOST_ROWS = 2_000  # of exploratory metrics; all of them stand in tables/ablation.parquet
-_MOST_REFERENCES = 200  # of the paper's values beside ours
+_MOST_ROWS = 1_000  # of exploratory metrics; all of them stand in tables/ablation.parquet
+_MOST_PROBLEMS = 50
+_LONGEST = 300  # letters of a question or a problem
 _KINDS = ("test", "tokens", None, "val", "train")  # the order of exploratory metrics; None are all others
 _PX_PER_DOT = 0.72  # pictures have 160 dots per inch
 _BROAD = 660  # px from which on a picture stands alone in its row
-_MOST_NAMED = 6  # cells named one by one in a warning
-_KEY_SETTINGS = (
-    *("method", "model.size", "model.patch_size", "model.image_size", "model.num_registers", "model.reg_init_std"),
-    *("data.train", "data.name", "optim.steps", "optim.batch_size", "optim.lr", "precision"),
-)
-_PROVENANCE = ("git_commit", "device", "threads", "data_fingerprint", "versions")
+_SCRIPTS = ("report.js", "curves.js")
+# What would turn the direction of the text around it, or cannot be shown.
+_INVISIBLE = {"Cc", "Cs", "Cn"}
+_TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u200e", "\u200f"}
 
 
 def render(results: Results, drawn: Sequence[Drawn], problems: Sequence[str]) -> str:
     """The page as HTML; everything that comes from outside is escaped, and nothing is fetched from a network.
 
+    Only the page's own script runs: its hash is the only one that the page's content security policy allows.
+
     Args:
         problems: what could not be read or drawn, one text each.
     """
-    frames, scores, rows = results.frames, results.scores, results.rows
-    everything, varying = results.cells, results.varying
-    runs = frames.runs.to_pylist()
-    metrics = shown_metrics(frames.plan, rows)
-    views = _row_views(rows, everything, varying)
-    main = [(metric, _heading(metric), [view for view in views if view["metric"] == metric]) for metric in metrics]
-    # Points of curves are drawn, and would crowd out the rest; they stand in tables/ablation.parquet too.
-    rest = (view for view in views if view["metric"] not in metrics and not is_curve(view["metric"]))
-    others = sorted(rest, key=lambda view: _rank(view["metric"]))
-    common, differing = _settings(frames, runs)
+    script = "\n".join(_template(name) for name in _SCRIPTS)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("analysis"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.PackageLoader("analysis"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=visible,
     )
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return environment.get_template("report.html.j2").render(
-        plan=frames.plan,
-        answer=results.answer,
-        statuses=_statuses(runs),
-        total=len(runs),
-        axes=[axis_labels(frames.plan.axes)[axis] for axis in varying],
-        baseline=", ".join(f"{axis} = {value_text(value)}" for axis, value in (frames.plan.baseline or {}).items()),
-        methods=sorted({row["interval_method"] for row in rows if not row["interval_method"].startswith("none")}),
-        main=main,
-        others=others[:_MOST_ROWS],
-        others_left_out=max(0, len(others) - _MOST_ROWS),
+        **_answered(results),
+        **_scores(results),
+        **_run(results),
+        curves=_curves(results),
         groups=_grouped(drawn),
-        measured=measured_tables(rows, everything, varying),
-        warnings=_warnings(main),
-        problems=problems,
-        key_settings=_key_settings(runs),
-        common=common,
-        differing=differing,
-        cost=_cost(runs),
-        cost_of_cells=cost_table(everything, runs, varying),
-        provenance=_provenance(runs),
-        mlflow=frames.mlflow,
-        reference=_reference(rows, everything, runs),
-        cells=_cell_views(everything, runs, scores, metrics, varying),
-        score_headings=[_heading(metric) for metric in metrics],
+        problems=[clipped(problem, _LONGEST) for problem in problems[:_MOST_PROBLEMS]],
+        problems_left_out=max(0, len(problems) - _MOST_PROBLEMS),
+        css=Markup(_template("report.css")),
+        script=Markup(script),
+        script_hash=digest,
     )
+
+
+def visible(value: Any) -> Any:
+    """A text with characters that cannot be seen, or that turn the direction of what follows, as escapes."""
+    if not isinstance(value, str) or isinstance(value, Markup) or (value.isascii() and value.isprintable()):
+        return value
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if character in _TURNING or (unicodedata.category(character) in _INVISIBLE and character not in "\n\t")
+        else character
+        for character in value
+    )
+
+
+def _template(name: str) -> str:
+    return resources.files("analysis").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _answered(results: Results) -> dict[str, Any]:
+    """What stands above everything else."""
+    plan, runs = results.frames.plan, results.frames.runs.to_pylist()
+    metrics = shown_metrics(plan, results.rows)
+    summary, notes = views.compact(results, metrics)
+    return {
+        "sweep": clipped(plan.sweep, 80),
+        "question": clipped(plan.question or plan.sweep, _LONGEST),
+        "said": results.said,
+        "statuses": facts.statuses(runs),
+        "total": len(runs),
+        "has_primary": bool(plan.primary),
+        "baseline": clipped(baseline_text(plan.baseline, axis_labels(plan.axes)), _LONGEST) if plan.baseline else "",
+        "summary": summary,
+        "notes": notes,
+        "warnings": views.warnings(results, metrics),
+    }
+
+
+def _scores(results: Results) -> dict[str, Any]:
+    """All tables of scores and measurements."""
+    rows, names = results.rows, Names()
+    metrics = shown_metrics(results.frames.plan, rows)
+    numbers = range(len(results.cells))
+    main = [
+        (
+            metric,
+            views.statistics(
+                results, names.new("metric"), views.heading(metric), ((cell, metric) for cell in numbers), True
+            ),
+        )
+        for metric in metrics
+    ]
+    # Points of curves are drawn, and would crowd out the rest; they stand in tables/ablation.parquet too.
+    rest = sorted({row["metric"] for row in rows if row["metric"] not in metrics and not is_curve(row["metric"])})
+    others = [(cell, metric) for metric in sorted(rest, key=_rank) for cell in numbers]
+    return {
+        "main": main,
+        "along": along(results, names),
+        "methods": sorted(
+            {method_text(row["interval_method"]) for row in rows if row["primary"] and row["delta_low"] is not None}
+        ),
+        "others": views.statistics(results, "exploratory-table", "Exploratory metrics", others[:_MOST_ROWS], False),
+        "others_left_out": max(0, len(others) - _MOST_ROWS),
+        "measured": [
+            (facts.measured(names.new("measured"), table), table.left_out)
+            for table in measured_tables(rows, results.cells, results.varying)
+        ],
+        "trials": views.trials(results, metrics),
+    }
+
+
+def _run(results: Results) -> dict[str, Any]:
+    """How the sweep was run."""
+    frames, runs = results.frames, results.frames.runs.to_pylist()
+    common, differing = facts.settings(frames, runs)
+    return {
+        "key_settings": pairs("settings-table", "Main settings", facts.key_settings(runs)),
+        "common": pairs("settings-shared", "Settings that all trials share", common),
+        "differing": pairs("settings-differing", "Settings that differ without being an axis", differing),
+        "cost": pairs("cost-table", "Cost of the accepted results", facts.cost(runs)),
+        "cost_of_cells": facts.measured("cost-cells", cost_table(results.cells, runs, results.varying)),
+        "provenance": pairs("provenance-table", "Provenance", facts.provenance(runs, frames.mlflow)),
+        "mlflow": frames.mlflow,
+        "server": facts.server(frames.mlflow),
+        "reference": facts.references(results, runs),
+    }
+
+
+def _curves(results: Results) -> dict[str, Any]:
+    """The curves as JSON that cannot end its element, and what was left out of them."""
+    found = curves(results.frames, results.cells, results.varying)
+    data = {**found.data, "cells": [visible(clipped(name, 100)) for name in found.data["cells"]]}
+    data["metrics"] = [
+        {**metric, "label": visible(clipped(metric["label"], 100)), "name": visible(clipped(metric["name"], 100))}
+        for metric in found.data["metrics"]
+    ]
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    for character in "<>&'":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return {"json": Markup(text), "any": bool(data["metrics"]), "left_out": found.left_out}
 
 
 def _rank(metric: str) -> tuple[int, str]:
-    """Sorts exploratory metrics by what a reader asks for first; a stable sort keeps the order of cells."""
+    """Sorts exploratory metrics by what a reader asks for first."""
     kind = metric.split("/")[0]
     return _KINDS.index(kind if kind in _KINDS else None), metric
 
@@ -111,198 +197,3 @@ def _picture(drawn: Drawn) -> dict[str, Any]:
         "height": round(height * _PX_PER_DOT),
         "broad": width * _PX_PER_DOT > _BROAD,
     }
-
-
-def _statuses(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
-    counts = Counter(run["status"] for run in runs)
-    return [(status, counts[status]) for status in STATUSES]
-
-
-def _heading(metric: str) -> str:
-    symbol = unit(metric).symbol
-    return f"{metric_label(metric)}, {symbol}" if symbol else metric_label(metric)
-
-
-def _row_views(
-    rows: Sequence[Mapping[str, Any]], everything: Sequence[Cell], varying: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Views of all rows, which come cell by cell with equally many metrics each."""
-    each = len(rows) // max(1, len(everything))
-    names = axis_labels(everything[0].values) if everything else {}
-    views = []
-    for index, row in enumerate(rows):
-        values = everything[index // each].values
-        views.append(_row_view(row, values, varying, cell_text(values, varying, names), _anchor(index // each)))
-    return views
-
-
-def _anchor(number: int) -> str:
-    return f"cell-{number + 1}"
-
-
-def _row_view(
-    row: Mapping[str, Any], values: Mapping[str, Any], varying: Sequence[str], title: str, anchor: str
-) -> dict[str, Any]:
-    """What the page shows of one row of the ablation table: texts, and numbers to sort by."""
-    kind = unit(row["metric"])
-    lost = [f"{row[f'n_{status}']} {status}" for status in STATUSES if row.get(f"n_{status}")]
-    return {
-        "axes": [(value_text(values[axis]), "" if values[axis] is None else str(values[axis])) for axis in varying],
-        "metric": row["metric"],
-        "label": _heading(row["metric"]),
-        "n": row["n"],
-        "lost": ", ".join(lost),
-        "mean": _shown(kind, row["mean"]),
-        "std": _shown(kind, row["std"], signed=False),
-        "baseline_mean": _shown(kind, row["baseline_mean"]),
-        "delta": _shown(kind, row["delta"], signed=True),
-        "interval": kind.interval(row["delta_low"], row["delta_high"]) or row["interval_method"].removeprefix("none: "),
-        "n_paired": row["n_paired"],
-        "p_value": _p(row["p_value"]),
-        "p_adjusted": _p(row["p_adjusted"]),
-        "supported": supported(row),
-        "flags": [(flag, flag_text(flag)) for flag in row["flags"]],
-        "cell": title,
-        "anchor": anchor,
-    }
-
-
-def _shown(kind: Unit, value: float | None, signed: bool | None = None) -> tuple[str, str]:
-    """Text of a number and the number to sort by, empty for null."""
-    missing = value is None or not math.isfinite(value)
-    return kind.text(value, signed), "" if missing else repr(value)
-
-
-def _p(value: float | None) -> tuple[str, str]:
-    if value is None:
-        return NONE, ""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}", repr(value)
-
-
-def _warnings(main: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]]) -> list[tuple[str, str, list[str]]]:
-    """Each flag that is a warning, its meaning, and where it stands: cells, by metric where metrics differ."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for metric, _, views in main:
-        for view in views:
-            for flag, _ in view["flags"]:
-                if flag != "baseline":
-                    found.setdefault(flag, {}).setdefault(metric, []).append(view["cell"])
-    warnings = []
-    for flag, by_metric in sorted(found.items()):
-        places = {metric: _listed(names) for metric, names in by_metric.items()}
-        alike = len(places) == len(main) and len(set(places.values())) == 1
-        said = [next(iter(places.values()))] if alike else [f"{metric_label(m)}: {p}" for m, p in places.items()]
-        warnings.append((flag, flag_text(flag), said))
-    return warnings
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} cells"
-
-
-def _settings(frames: Frames, runs: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Settings that all trials share where they have an effect, and those that differ though they are no axis."""
-    common: dict[str, Any] = {}
-    differing: list[tuple[str, str]] = []
-    known = [run for run in runs if run["status"] != "missing"]
-    for name in frames.runs.column_names[len(RUNS) :]:
-        values = {canonical(run[name]): run[name] for run in known if run[name] is not None}
-        if len(values) <= 1 and known:
-            common[name] = next(iter(values.values()), None)
-        elif len(values) > 1 and name not in (*frames.plan.axes, "seed"):
-            differing.append((name, ", ".join(value_text(value) for value in values.values())))
-    return common, differing
-
-
-def _key_settings(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The settings that a reader asks for first, each with all the values that trials have."""
-    found = []
-    for name in _KEY_SETTINGS:
-        values = {canonical(run[name]): run[name] for run in runs if run.get(name) is not None}
-        ordered = sorted(values.values(), key=lambda value: (isinstance(value, str), value))
-        if ordered:
-            found.append((name, ", ".join(value_text(value) for value in ordered)))
-        elif name == "model.reg_init_std":
-            found.append((name, "no effect: no trial has registers"))
-    return found
-
-
-def _cost(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """What the sweep's accepted results cost; a trial that recorded nothing counts as nothing, and is counted."""
-    ran = [run for run in runs if run["seconds"] is not None]
-    core_hours = [run["seconds"] * run["threads"] / 3600 for run in ran if run["threads"] is not None]
-    gpu_hours = [run["gpu_seconds"] / 3600 for run in ran if run["gpu_seconds"] is not None]
-    rates = sorted(run["images_per_second"] for run in ran if run["images_per_second"] is not None)
-    rows = [("trials with a recorded cost", f"{len(ran)} of {len(runs)}")]
-    if ran:
-        rows.append(("trial hours (sum over trials)", f"{sum(run['seconds'] for run in ran) / 3600:.3g}"))
-    if core_hours:
-        rows.append(("CPU core hours (hours × threads)", f"{sum(core_hours):.3g}"))
-    if gpu_hours:
-        rows.append(("GPU hours", f"{sum(gpu_hours):.3g}"))
-    if rates:
-        middle = rates[len(rates) // 2] if len(rates) % 2 else sum(rates[len(rates) // 2 - 1 :][:2]) / 2
-        rows.append(
-            ("training images/s of a trial, median (range)", f"{middle:.4g} ({rates[0]:.4g} to {rates[-1]:.4g})")
-        )
-    return rows
-
-
-def _provenance(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Each kind of provenance with its distinct values and how many trials have each."""
-    ran = [run for run in runs if run["status"] != "missing"]
-    found = []
-    for column in _PROVENANCE:
-        counts = Counter("not recorded" if run[column] is None else str(run[column]) for run in ran)
-        found.append((column.replace("_", " "), sorted(counts.items())))
-    return found
-
-
-def _reference(
-    rows: Sequence[Mapping[str, Any]], everything: Sequence[Cell], runs: Sequence[Mapping[str, Any]]
-) -> list[dict[str, str]]:
-    """The paper's values beside ours; what weights turned out to be is known of each cell alone."""
-    each = len(rows) // max(1, len(everything))
-    by_id = {run["trial_id"]: run for run in runs}
-    with_settings: list[dict[str, Any]] = []
-    for number, cell in enumerate(everything):
-        shared = _shared([by_id[trial.trial_id] for trial in cell.trials])
-        with_settings += ({**shared, **row} for row in rows[number * each : (number + 1) * each])
-    return [
-        {**vars(known), "paper": f"{known.paper:.4g}", "ours": f"{known.ours:.4g}"}
-        for known in reference.comparisons(with_settings)[:_MOST_REFERENCES]
-    ]
-
-
-def _shared(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What is the same and not null in all trials that have begun."""
-    begun = [run for run in runs if run["status"] != "missing"]
-    return {
-        name: value
-        for name, value in (begun[0] if begun else {}).items()
-        if value is not None and all(run[name] == value for run in begun)
-    }
-
-
-def _cell_views(
-    everything: Sequence[Cell],
-    runs: Sequence[Mapping[str, Any]],
-    scores: Scores,
-    metrics: Sequence[str],
-    varying: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Each cell with its trials and their own scores: the way from a number of the table to its runs."""
-    by_id = {run["trial_id"]: run for run in runs}
-    names = axis_labels(everything[0].values) if everything else {}
-    views = []
-    for number, cell in enumerate(everything):
-        trials = []
-        for trial in cell.trials:
-            own = [scores.get(metric, {}).get(trial.trial_id) for metric in metrics]
-            texts = [
-                unit(metric).text(score.value if score else None) for metric, score in zip(metrics, own, strict=True)
-            ]
-            trials.append({"name": trial.name, "seed": trial.seed, "run": by_id[trial.trial_id], "scores": texts})
-        title = cell_text(cell.values, varying, names)
-        views.append({"anchor": _anchor(number), "title": title, "trials": trials})
-    return views

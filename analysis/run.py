@@ -20,10 +20,12 @@ class Analysis:
     figures: tuple[Path, ...]
     report: Path
     problems: tuple[str, ...]
+    note: str  # question, answer and primary metrics as Markdown
+    readable: tuple[Path, ...]  # tables/ablation.csv and tables/pivots/*
 
 
 def analyse(folder: Path) -> Analysis:
-    """Writes `folder`/tables/*.parquet, figures/* and report.html from what the sweep in `folder` has published.
+    """Writes `folder`/tables/*, figures/* and report.html from what the sweep in `folder` has published.
 
     It may be called while the sweep runs or before any trial has finished: then there are fewer numbers. The same
     published files give the same bytes.
@@ -33,15 +35,17 @@ def analyse(folder: Path) -> Analysis:
     """
     from analysis import report, terminal
     from analysis.collect import collect
+    from analysis.note import note
     from analysis.pictures import draw
     from analysis.publish import publish_bytes, write_tables
+    from analysis.readable import write_readable
     from analysis.results import evaluate
 
     frames = collect(folder)
     results = evaluate(frames)
     written = write_tables(folder / "tables", results.tables())
-    pictures = draw(frames, results.scores)
-    problems = (*frames.problems, *pictures.problems)
+    pictures = draw(results)
+    problems = (*frames.problems, *results.image_problems, *pictures.problems)
     figures = _publish_figures(folder / "figures", {d.name: (d.png, d.svg) for d in pictures.drawn})
     page = report.render(results, pictures.drawn, problems)
     return Analysis(
@@ -51,6 +55,8 @@ def analyse(folder: Path) -> Analysis:
         figures=figures,
         report=publish_bytes(folder / "report.html", page.encode("utf-8")),
         problems=problems,
+        note=note(frames.plan, results.rows, results.varying, results.answer),
+        readable=write_readable(folder / "tables", results),
     )
 
 

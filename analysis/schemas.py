@@ -83,9 +83,9 @@ ABLATION = pa.schema(
         ("delta", pa.float64()),
         ("delta_low", pa.float64()),
         ("delta_high", pa.float64()),
-        ("interval_method", pa.string()),
-        ("p_value", pa.float64()),
-        ("p_adjusted", pa.float64()),
+        ("interval_method", pa.string()),  # a name in statistics.py, or "none: …"
+        ("p_value", pa.float64()),  # of this comparison alone
+        ("p_adjusted", pa.float64()),  # primary: over the family of all such; else Benjamini–Hochberg, exploratory
         ("flags", pa.list_(pa.string())),
     ]
 )
@@ -96,20 +96,25 @@ TRENDS = pa.schema(
         ("axis", pa.string()),
         ("metric", pa.string()),
         ("primary", pa.bool_()),
-        ("n_levels", pa.int64()),
+        ("n_levels", pa.int64()),  # of the axis, that have scores
         ("n_seeds", pa.int64()),  # that have a score at every level
         ("page_l", pa.float64()),
         ("direction", pa.string()),  # "rises", "falls", or null
         ("page_p", pa.float64()),  # two-sided
         ("page_p_adjusted", pa.float64()),
-        ("slope", pa.float64()),  # of the quadratic in log2(1 + value), at its middle
+        ("slope", pa.float64()),  # of the quadratic, in units of the metric a doubling of 1 + value, at its middle
         ("slope_low", pa.float64()),
         ("slope_high", pa.float64()),
-        ("curvature", pa.float64()),
+        ("slope_p", pa.float64()),
+        ("curvature", pa.float64()),  # factor of the square
         ("curvature_low", pa.float64()),
         ("curvature_high", pa.float64()),
         ("curvature_p", pa.float64()),
+        ("curvature_p_adjusted", pa.float64()),
         ("optimum", pa.float64()),  # axis value of the extremum, null where none lies between the levels
+        ("optimum_low", pa.float64()),
+        ("optimum_high", pa.float64()),
+        ("extremum", pa.string()),  # "highest" or "lowest" at the optimum
         ("flags", pa.list_(pa.string())),
     ]
 )
@@ -120,10 +125,15 @@ ELIMINATION = pa.schema(
         ("metric", pa.string()),
         ("n", pa.int64()),
         ("mean", pa.float64()),
-        ("upper", pa.float64()),  # one-sided 95 % bound
+        ("upper_seeds", pa.float64()),  # one-sided 95 % bounds, over further seeds and over further images
+        ("upper_images", pa.float64()),
+        ("n_images", pa.int64()),
+        ("upper", pa.float64()),  # the larger of the two
         ("limit", pa.float64()),
         ("below", pa.bool_()),
         ("smallest", pa.bool_()),  # the smallest count of registers that is below with all larger ones
+        ("runs_above", pa.int64()),  # runs whose own fraction is not below the limit
+        ("runs_above_upper", pa.float64()),  # one-sided 95 % bound of their share among further runs
         ("method", pa.string()),
         ("flags", pa.list_(pa.string())),
     ]
@@ -143,6 +153,20 @@ THRESHOLDS = pa.schema(
         ("delta_high", pa.float64()),
     ]
 )
+
+# After the columns of the axes: interquartile means over seeds.
+AGGREGATES = pa.schema(
+    [
+        ("metric", pa.string()),
+        ("n", pa.int64()),
+        ("iqm", pa.float64()),
+        ("n_paired", pa.int64()),
+        ("iqm_delta", pa.float64()),  # of the differences to the baseline
+        ("flags", pa.list_(pa.string())),
+    ]
+)
+
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def setting_type(values: Iterable[object]) -> pa.DataType:
@@ -171,4 +195,4 @@ def setting_column(values: Sequence[object]) -> pa.Array:
 
 def canonical(value: Any) -> str:
     """JSON of `value` with sorted keys and no spaces: equal values have equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return _JSON.encode(value)

@@ -2,65 +2,69 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from analysis import flags, statistics
-from analysis.cells import Cell, baseline_of, cells, is_baseline
+from analysis import corrections, flags, image_bootstrap, statistics
+from analysis.aggregates import by_seed, table
+from analysis.cells import Cell, cells, compared_with, is_baseline
 from analysis.collect import Frames, SweepPlan
-from analysis.schemas import ABLATION, STATUSES, setting_column
-from analysis.scores import Score, Scores, last_scores
+from analysis.discovery import is_curve
+from analysis.image_bootstrap import PerImage
+from analysis.schemas import ABLATION, STATUSES
+from analysis.scores import Scores, last_scores
+
+OfImages = Callable[[str, str], PerImage | None]  # (trial_id, metric) to its results image by image
 
 
-def ablation(frames: Frames, interval: str = statistics.PAIRED_T, scores: Scores | None = None) -> pa.Table:
+def ablation(frames: Frames, scores: Scores | None = None, of_images: OfImages | None = None) -> pa.Table:
     """The table `ablation`: the axes, then schemas.ABLATION, sorted by axes and metric.
 
     Every cell has a row for every metric that any trial has or that is declared primary. Only finished trials
     count in `n` and `mean`; a finished trial without a finite value of the metric counts in `n_missing`, so that
     n and the five other counts sum to the planned trials of the cell. `baseline_mean` and `delta` are over the
-    seeds that cell and baseline share. `p_adjusted` is Holm's correction over one family, all cells × all declared
-    primary metrics of the sweep; it is null for other metrics, which are exploratory.
+    seeds that cell and baseline share. `interval_method` says which of `statistics.compare`'s intervals `delta_low`
+    and `delta_high` are, chosen for each metric and each baseline cell. `p_adjusted` of declared primary metrics is
+    corrected over one family, all cells × all primary metrics (`corrections.family`); of all other metrics, which are
+    exploratory, it is Benjamini and Hochberg's over all of them and says nothing that may be claimed. Points of a
+    curve are no metrics of their own and have none: they are many and alike, so that one curve that differs everywhere
+    would raise the limit for all other metrics. Weights that were released exist once, so that their intervals are over
+    test images, where those are known, and flagged: they say nothing of further runs and have no p-value.
 
     Args:
-        interval: statistics.PAIRED_T, or statistics.POOLED_DUNNETT, which falls back to PAIRED_T where it cannot be.
         scores: `last_scores(frames)` where the caller has them already.
+        of_images: results of single images.
     """
     everything = cells(frames.plan)
     scores = last_scores(frames) if scores is None else scores
     metrics = sorted(scores.keys() | set(frames.plan.primary))
     states = flags.states_of(frames)
-    baselines = {cell.key: baseline_of(cell, everything, frames.plan.baseline) for cell in everything}
-    cell_flags = {
-        cell.key: flags.of_cell(cell, baselines[cell.key], states)
-        | flags.adaptive(cell, frames.plan.first_seeds)
-        | flags.censored(cell, frames.plan.scheduler, states)
-        for cell in everything
-    }
+    baselines = compared_with(everything, frames.plan.baseline)
+    cell_flags = {cell.key: flags.of_cell(cell, baselines[cell.key], frames.plan, states) for cell in everything}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
+    found: dict[str, dict[str, statistics.Difference]] = {}
     for metric in metrics:
         by_trial = scores.get(metric, {})
-        values = {cell.key: _by_seed(cell, by_trial) for cell in everything}
-        differences = _differences(everything, baselines, values, frames.plan, interval)
+        values = {cell.key: by_seed(cell, by_trial) for cell in everything}
+        found[metric] = _differences(everything, baselines, values, frames.plan)
+        if of_images is not None:
+            released = [cell for cell in everything if "observational" in cell_flags[cell.key]]
+            found[metric] |= _over_images(released, baselines, metric, values, of_images)
         for cell in everything:
-            row = _row(cell, metric, values[cell.key], differences[cell.key], states)
+            row = _row(cell, metric, values[cell.key], found[metric][cell.key], states)
             row["primary"] = metric in frames.plan.primary
-            own = flags.of_row(cell, row, differences[cell.key], by_trial) | flags.chosen(cell, metric, states)
+            own = flags.of_row(cell, row, found[metric][cell.key], by_trial, states) | flags.chosen(
+                cell, metric, states
+            )
             row["flags"] = sorted(cell_flags[cell.key] | own)
             rows[cell.key, metric] = row
-    ordered = [rows[cell.key, metric] for cell in everything for metric in metrics]
-    tested = [row for row in ordered if row["primary"]]
-    for row, adjusted in zip(tested, statistics.holm([row["p_value"] for row in tested]), strict=True):
-        row["p_adjusted"] = adjusted
-    return _table(list(frames.plan.axes), ordered)
-
-
-def _by_seed(cell: Cell, by_trial: Mapping[str, Score]) -> dict[int, float]:
-    found = {trial.seed: by_trial[trial.trial_id].value for trial in cell.trials if trial.trial_id in by_trial}
-    return {seed: value for seed, value in found.items() if not math.isnan(value)}
+    adjusted = _adjusted(found, baselines, frames.plan)
+    for (key, metric), row in rows.items():
+        row["p_adjusted"] = adjusted.get((metric, key))
+    return table(frames.plan.axes, [rows[cell.key, metric] for cell in everything for metric in metrics], ABLATION)
 
 
 def _differences(
@@ -68,43 +72,84 @@ def _differences(
     baselines: Mapping[str, Cell | None],
     values: Mapping[str, Mapping[int, float]],
     plan: SweepPlan,
-    interval: str,
 ) -> dict[str, statistics.Difference]:
     """The difference of every cell to its baseline cell, by cell key; nulls with a reason where there is none.
 
-    Where cells got more seeds by the variance of the first ones, the interval is Stein's whatever `interval` says.
+    Where cells got more seeds by the variance of the first ones, the interval is Stein's of each cell alone, since the
+    sweep file asked for its width.
     """
-    declared, first = plan.baseline, plan.first_seeds
     found: dict[str, statistics.Difference] = {}
     groups: dict[str, dict[str, Mapping[int, float]]] = {}
     for cell in everything:
         baseline = baselines[cell.key]
-        if baseline is None or is_baseline(cell, declared):
-            reason = flags.IS_BASELINE if is_baseline(cell, declared) else flags.NO_BASELINE
+        if baseline is None or is_baseline(cell, plan.baseline):
+            reason = flags.IS_BASELINE if is_baseline(cell, plan.baseline) else flags.NO_BASELINE
             found[cell.key] = statistics.Difference(0, None, None, None, None, reason, None)
+        elif plan.first_seeds is not None:
+            found[cell.key] = statistics.stein_t(values[cell.key], values[baseline.key], plan.first_seeds)
         else:
-            both = values[cell.key], values[baseline.key]
-            found[cell.key] = statistics.paired_t(*both) if first is None else statistics.stein_t(*both, first)
             groups.setdefault(baseline.key, {baseline.key: values[baseline.key]})[cell.key] = values[cell.key]
-    if interval == statistics.POOLED_DUNNETT and first is None:
-        for baseline_key, group in groups.items():
-            whole = {key: by_seed for key, by_seed in group.items() if by_seed.keys() == values[baseline_key].keys()}
-            try:
-                found |= statistics.pooled_dunnett(whole, baseline_key)
-            except ValueError:  # nothing to pool: the paired differences stand
-                continue
+    for baseline_key, group in groups.items():
+        found |= statistics.compare(group, baseline_key)
     return found
+
+
+def _over_images(
+    released: Sequence[Cell],
+    baselines: Mapping[str, Cell | None],
+    metric: str,
+    values: Mapping[str, Mapping[int, float]],
+    of_images: OfImages,
+) -> dict[str, statistics.Difference]:
+    """Differences of cells with one run to baselines with one run, bounded over images; others are left out."""
+    found: dict[str, statistics.Difference] = {}
+    for cell in released:
+        baseline = baselines[cell.key]
+        if baseline is None or baseline.key == cell.key or len(cell.trials) != 1 or len(baseline.trials) != 1:
+            continue
+        own, theirs = values[cell.key].get(cell.trials[0].seed), values[baseline.key].get(baseline.trials[0].seed)
+        if own is None or theirs is None:
+            continue
+        mine, other = (of_images(one.trials[0].trial_id, metric) for one in (cell, baseline))
+        if (difference := image_bootstrap.paired(mine, other, own, theirs)) is not None:
+            found[cell.key] = difference
+    return found
+
+
+def _adjusted(
+    found: Mapping[str, Mapping[str, statistics.Difference]], baselines: Mapping[str, Cell | None], plan: SweepPlan
+) -> dict[tuple[str, str], float | None]:
+    """Corrected p-values by metric and cell key; what has none is left out."""
+    blocks: dict[tuple[str, str], list[str]] = {}
+    exploratory: list[tuple[str, str]] = []
+    for metric, differences in found.items():
+        for key, difference in differences.items():
+            baseline = baselines[key]
+            if difference.p_value is None or baseline is None:
+                continue
+            if metric in plan.primary:
+                blocks.setdefault((metric, baseline.key), []).append(key)
+            elif not is_curve(metric):
+                exploratory.append((metric, key))
+    corrected = corrections.family([[found[metric][key] for key in keys] for (metric, _), keys in blocks.items()])
+    adjusted = {
+        (metric, key): p
+        for ((metric, _), keys), block in zip(blocks.items(), corrected, strict=True)
+        for key, p in zip(keys, block, strict=True)
+    }
+    raw = [found[metric][key].p_value for metric, key in exploratory]
+    return adjusted | dict(zip(exploratory, corrections.benjamini_hochberg(raw), strict=True))
 
 
 def _row(
     cell: Cell,
     metric: str,
-    by_seed: Mapping[int, float],
+    own: Mapping[int, float],
     difference: statistics.Difference,
     states: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     counts = Counter(states[trial.trial_id]["status"] for trial in cell.trials)
-    summary = statistics.summarise([by_seed[seed] for seed in sorted(by_seed)])
+    summary = statistics.summarise([own[seed] for seed in sorted(own)])
     return {
         **cell.values,
         "metric": metric,
@@ -122,10 +167,3 @@ def _row(
         "p_value": difference.p_value,
         "p_adjusted": None,
     }
-
-
-def _table(axes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    columns = {axis: setting_column([row[axis] for row in rows]) for axis in axes}
-    for field in ABLATION:
-        columns[field.name] = pa.array([row[field.name] for row in rows], type=field.type)
-    return pa.table(columns)

@@ -11,12 +11,13 @@ from rich.text import Text
 from analysis.answer import supported
 from analysis.collect import SweepPlan
 from analysis.discovery import is_curve
-from analysis.labels import axis_labels, metric_label, unit, value_text
+from analysis.labels import NONE, axis_labels, flag_text, metric_label, unit, value_text
 from analysis.schemas import canonical
 from analysis.statistics import CONFIDENCE
 
 _MOST_METRICS = 4
-_QUIET_FLAGS = ("baseline", "missing", "failed", "diverged", "pruned", "stopped")  # the table says these elsewhere
+LOST = ("missing", "failed", "diverged", "pruned", "stopped")  # why a planned trial has no score
+QUIET_FLAGS = ("baseline", *LOST)  # tables say these elsewhere
 
 
 def ablation_table(plan: SweepPlan, rows: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> Table:
@@ -42,7 +43,9 @@ def ablation_table(plan: SweepPlan, rows: Sequence[Mapping[str, Any]], varying: 
             _counts(chosen),
             *(_number(row, notes) for row in chosen),
         )
-    table.caption = Text("\n".join([_legend(plan), *(f"{number}: {flag}" for flag, number in notes.items())]))
+    table.caption = Text(
+        "\n".join([_legend(plan), *(f"{number}: {flag_text(flag)}" for flag, number in notes.items())])
+    )
     return table
 
 
@@ -80,8 +83,10 @@ def _count_columns(row: Mapping[str, Any]) -> list[str]:
 def _number(row: Mapping[str, Any], notes: dict[str, int]) -> Text:
     kind = unit(row["metric"])
     text = Text(kind.text(row["mean"]) + ("" if row["std"] is None else f" ± {kind.text(row['std'], signed=False)}"))
+    if not row["n"]:
+        text = Text(", ".join(lost_texts(row)) or NONE, style="red")
     for flag in row["flags"]:
-        if flag not in _QUIET_FLAGS:
+        if flag not in QUIET_FLAGS:
             text.append(f" ({notes.setdefault(flag, len(notes) + 1)})", style="yellow")
     if row["delta"] is not None:
         difference = f"\n{kind.text(row['delta'], True)} {kind.interval(row['delta_low'], row['delta_high'])}".rstrip()
@@ -89,6 +94,11 @@ def _number(row: Mapping[str, Any], notes: dict[str, int]) -> Text:
     elif "baseline" in row["flags"]:
         text.append("\nbaseline", style="dim")
     return text
+
+
+def lost_texts(row: Mapping[str, Any]) -> list[str]:
+    """The trials of a row that have no score, in words: "2 failed"."""
+    return [f"{row[f'n_{status}']} {status}" for status in LOST if row[f"n_{status}"]]
 
 
 def _legend(plan: SweepPlan) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.cells import Cell, baseline_of, cells
+from analysis.cells import Cell, cells, compared_with
 from analysis.collect import Frames
 from analysis.histograms import ROUNDING, Floats, mixture
-from analysis.norms import EvaluatedNorms, TokenNorms, patches
+from analysis.norms import PATCH, EvaluatedNorms, TokenNorms, patches
 
 METRIC = "tokens/last/outlier_fraction_frozen"
 FLAG = "no_frozen_threshold"
@@ -44,12 +44,13 @@ def frozen(frames: Frames) -> Frozen:
     if frames.plan.baseline is None:
         return Frozen({}, {})
     everything = cells(frames.plan)
-    norms = patches(EvaluatedNorms(frames).last_layer())
-    own = {cell.key: threshold(cell, norms) for cell in everything}
+    baselines = compared_with(everything, frames.plan.baseline)
+    norms = patches(EvaluatedNorms(frames).last_layer(PATCH))
+    own = {cell.key: threshold(cell, norms) for cell in baselines.values() if cell is not None}
     thresholds: dict[str, float | None] = {}
     fractions: dict[str, tuple[int, float | None]] = {}
     for cell in everything:
-        baseline = baseline_of(cell, everything, frames.plan.baseline)
+        baseline = baselines[cell.key]
         ratio = None if baseline is None else own[baseline.key]
         thresholds[cell.key] = ratio
         for trial in cell.trials:

@@ -14,11 +14,12 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator import system_metrics
 from orchestrator.control import Ask
 from orchestrator.layout import TrialLayout
 from orchestrator.variables import environment
@@ -37,7 +38,10 @@ _FINAL = frozenset({"FileNotFoundError", "NotADirectoryError", "PermissionError"
 # Errors after which a process is of no more use, since every later call to the device fails.
 _POISONOUS = frozenset({"CUDAError", "AcceleratorError"})
 
-_LOGGERS = ("trainers", "orchestrator.attempt", "orchestrator.program", "orchestrator.training")
+_LOGGERS = (
+    *("trainers", "orchestrator.attempt", "orchestrator.program", "orchestrator.training"),
+    "orchestrator.system_metrics",
+)
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 
@@ -61,6 +65,7 @@ class Job:
     ranks: int = 1
     save_memory: bool = False  # an earlier attempt ran out of device memory
     remote: str | None = None  # URI of the storage, where that is no folder
+    system_metrics: bool = False  # whether reports carry how the machine is used
     train: str = TRAIN
 
 
@@ -125,6 +130,7 @@ class Outcome:
     device: str | None = None
     threads: int | None = None
     data_fingerprint: str | None = None
+    data_sets: Sequence[Mapping[str, Any]] = ()  # as `trainers.train.Result`
     error: Mapping[str, str] | None = None
     retryable: bool = False
     lost: bool = False  # retryable as long as attempts get further: the process was lost, or made no progress
@@ -173,6 +179,8 @@ def _logged(job: Job, layout: TrialLayout, number: int, report: Report, asked: A
     try:
         module, _, function = job.train.partition(":")
         train = getattr(importlib.import_module(module), function)
+        if job.system_metrics:
+            report = system_metrics.with_samples(report)
         outcome: Outcome = train(job, layout, number, report, asked)
         return outcome
     except BaseException as error:

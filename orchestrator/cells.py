@@ -12,6 +12,7 @@ from orchestrator.sweep import When
 from trainers import presets
 from trainers.config import TrialConfig, flatten
 
+Values = Mapping[str, Any]  # of the axes
 Condition = Mapping[str, tuple[Any, ...]]  # every named setting has one of the values
 
 
@@ -67,3 +68,24 @@ def _recipe(settings: Mapping[str, Any]) -> Mapping[str, object]:
         return presets.recipe(settings)[1]
     except ValueError:
         return {}
+
+
+def baseline_of(cell: Values, everything: Sequence[Values], baseline: Values) -> Values | None:
+    """The cell that has the baseline's values and equals `cell` in all else; None where it is not exactly one.
+
+    As the analysis has it: a setting without effect in one of the two is null there and does not tell them apart,
+    unless another cell fits exactly.
+    """
+    wanted = {**cell, **baseline}
+    fits = [other for other in everything if _fits(other, wanted, baseline)]
+    exact = [other for other in fits if other == wanted]
+    chosen = exact or fits
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def _fits(values: Values, wanted: Values, fixed: Values) -> bool:
+    for axis, value in wanted.items():
+        idle = axis not in fixed and (value is None or values.get(axis) is None)
+        if values.get(axis) != value and not idle:
+            return False
+    return True

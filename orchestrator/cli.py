@@ -41,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "stop": cli_run.stop,
     "set": cli_run.set_,
     "report": cli_look.report,
+    "compare": cli_look.compare,
     "evaluate": cli_run.evaluate,
     "export": cli_store.export,
     "import": cli_store.import_,

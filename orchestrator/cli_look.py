@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -100,35 +99,85 @@ def logs(
 def report(
     context: typer.Context,
     sweeps: Annotated[list[str], typer.Argument(help="Names of sweeps.", metavar="SWEEP...")],
+    rows: Annotated[
+        list[str] | None, typer.Option(metavar="AXIS", help="Axis in the rows; may be repeated. [default: the others]")
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS", help="Axis in the columns; may be repeated. [default: registers]"),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METRIC", help="A table of this; may be repeated. [default: primary ones]"),
+    ] = None,
+    show: Annotated[
+        Literal["both", "spread", "difference"] | None,
+        typer.Option(help="In each place: mean ± std, difference to the baseline with its interval, or both."),
+    ] = None,
+    format_: Annotated[
+        Literal["terminal", "markdown", "latex", "csv"] | None,
+        typer.Option("--format", help="Of the table. [default: by the ending of --output]"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the table to this .md, .tex, .csv or .parquet file.")
+    ] = None,
     storage: Storage = RUNS,
     state: State = None,
 ) -> None:
-    """Write tables, figures and report of finished or running sweeps."""
+    """Write tables, figures and report of finished or running sweeps; with options for a table, print that alone."""
     from orchestrator import inspect
 
     for name in sweeps:
         fetch(context, name, storage)
-    inspect.report(sweeps, storage)
+    asked = (rows, columns, metric, show, format_, output)
+    pivots = inspect.Pivots(
+        form=format_,
+        rows=tuple(rows) if rows else None,
+        columns=tuple(columns) if columns else None,
+        metrics=tuple(metric) if metric else None,
+        show=show or "both",
+        output=output,
+    )
+    inspect.report(sweeps, storage, pivots if any(option is not None for option in asked) else None)
+
+
+def compare(
+    context: typer.Context,
+    a: Annotated[str, typer.Argument(help="Name of a sweep, or its folder.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="Name of another sweep, or its folder.", metavar="B")],
+    metric: Annotated[
+        list[str] | None, typer.Option(metavar="METRIC", help="Show this; may be repeated. [default: primary ones]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write to this .md, .csv, .parquet or .json file.")
+    ] = None,
+    storage: Storage = RUNS,
+    state: State = None,
+    json_: AsJson = False,
+) -> None:
+    """Show what changed between two sweeps, cell by cell: settings, code, data, and numbers with their intervals."""
+    from orchestrator import inspect
+
+    for name in (a, b):
+        if not inspect.is_folder(name):
+            fetch(context, name, storage)
+    inspect.compare((a, b), storage, as_json=json_, metrics=metric or (), output=output)
 
 
 def ui(
+    sweep: Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")] = None,
     state: State = None,
     storage: Storage = RUNS,
     tracking_uri: TrackingUri = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 5000,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port on 127.0.0.1. [default: 5000, or the next that is free]")
+    ] = None,
 ) -> None:
-    """Open MLflow's user interface on this store, on 127.0.0.1."""
-    from orchestrator import tracking
+    """Open MLflow's user interface on this store, on 127.0.0.1, and print where it compares the runs of a sweep."""
+    from orchestrator import ui as command
 
-    folder = state or storage
-    uri = tracking_uri or tracking.default_tracking_uri(folder)
-    command, environment = tracking.ui_command(uri, port)
-    try:
-        tracking.prepare_store(uri, folder)
-    except tracking.Unavailable as error:
-        raise ValueError(f"the tracking store cannot be opened: {error}") from error
-    typer.echo(f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)", err=True)
-    os.execve(command[0], command, {**os.environ, **environment})
+    asked = command.Asked(sweep, storage, state or storage, tracking_uri, port)
+    command.ui(asked, typer.echo)
 
 
 def list_(json_: Annotated[bool, typer.Option("--json", help="Print JSON, with layouts.")] = False) -> None:

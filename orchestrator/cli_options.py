@@ -89,6 +89,9 @@ InProcess = Annotated[bool, typer.Option("--in-process", help="Run trials here, 
 AcceptDataChange = Annotated[
     bool, typer.Option("--accept-data-change", help="Go on although the data under a name changed.")
 ]
+SystemMetrics = Annotated[
+    bool, typer.Option("--system-metrics", help="Track the use of processor, memory and GPU in MLflow too.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OneOrAll = Annotated[str | None, typer.Argument(help="A sweep's name; all sweeps without.")]

@@ -17,6 +17,7 @@ from orchestrator.cli_options import (
     State,
     Storage,
     SweepFile,
+    SystemMetrics,
     TrackingUri,
     TrialName,
     remote,
@@ -38,6 +39,7 @@ def sweep(
     smoke: Annotated[bool, typer.Option("--smoke", help="One step of every cell, to see that it runs.")] = False,
     rerun: Annotated[bool, typer.Option("--rerun", help="Run finished trials again too.")] = False,
     accept_data_change: AcceptDataChange = False,
+    system_metrics: SystemMetrics = False,
     quiet: Quiet = False,
 ) -> None:
     """Run what is missing of a sweep, then print its ablation table and where everything lies."""
@@ -58,6 +60,7 @@ def sweep(
         rerun=rerun,
         accept_data_change=accept_data_change,
         quiet=quiet,
+        system_metrics=system_metrics,
     )
     raise typer.Exit(driver.sweep(asked))
 
@@ -118,6 +121,7 @@ def submit(
     state: Annotated[str, typer.Option(help="Local folder on the machine that runs the job.")] = "/tmp/orchestrate",
     tracking_uri: TrackingUri = None,
     env: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A variable to hand over; no secrets.")] = None,
+    system_metrics: SystemMetrics = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Do not follow the job's log.")] = False,
 ) -> None:
     """Run a sweep as a job on a Ray cluster, from the working tree here, and follow its log."""
@@ -132,6 +136,7 @@ def submit(
         overrides=tuple(set_ or ()),
         name=name,
         environment=tuple(env or ()),
+        system_metrics=system_metrics,
         wait=not no_wait,
     )
     raise typer.Exit(command.submit(asked, lambda line: typer.echo(line, err=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,7 @@ class Draft:
             self.report((), "a sweep file is a mapping that begins with name:, axes: and seeds:")
             raise SpecError(self.problems)
         self.raw = root
+        self._file_parts = copy.deepcopy(root)
 
     def report(self, path: Path, message: str) -> None:
         """Note a problem with what stands at `path`."""
@@ -56,6 +58,10 @@ class Draft:
             self.problems.append(Problem(f"--set {text}", None, f"{path[0]} is no mapping in {self.file}"))
             return
         self._options[path] = text
+
+    def set_parts(self) -> dict[str, Any]:
+        """Parts of the sweep that the command line has changed, as they are with it."""
+        return {name: value for name, value in self.raw.items() if value != self._file_parts.get(name)}
 
     def from_option(self, path: Path) -> bool:
         """Whether what stands at `path` came from the command line."""

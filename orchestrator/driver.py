@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Sequence
 
-from orchestrator import remote_sweep, spec
+from orchestrator import remote_sweep, spec, system_metrics
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import Ledger
 from orchestrator.plan import PlannedTrial, build_plan
@@ -44,6 +44,8 @@ def run_sweep(asked: spec.Sweep, options: Options) -> int:
         As `sweep` does.
     """
     check_tracking_uri(options.tracking_uri or "sqlite:///")
+    if options.system_metrics:
+        system_metrics.check_available()
     plan = build_plan(asked)
     if options.address is None:
         _check_own_parts(expected(plan))
@@ -76,7 +78,8 @@ def run_sweep(asked: spec.Sweep, options: Options) -> int:
 def smoke_overrides(options: Options) -> list[str]:
     """The overrides of the command line, with those of --smoke, which make every trial one step long."""
     one_step = ["optim.steps=1", "optim.warmup_steps=0", "evaluation.points=1", "seeds=[0]"]
-    whole = ["search=null", "scheduler=null", "budget=null"]  # which make no sense of one step
+    # Which make no sense of one step.
+    whole = ["search=null", "scheduler=null", "budget=null", "match=null", "score=null"]
     short = [*one_step, *whole] if options.smoke else []
     return [*options.overrides, *short]
 

@@ -7,11 +7,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orchestrator.plan import PlannedTrial
 from trainers.catalog import METHODS, MODEL_SIZES, ModelSize
-from trainers.config import HeadConfig, OpenCLIPConfig, TrialConfig
+from trainers.config import ExecutionConfig, HeadConfig, OpenCLIPConfig, TrialConfig
+
+if TYPE_CHECKING:
+    from orchestrator.plan import PlannedTrial
 
 MLP_RATIO = 4  # also of gated MLPs, which are narrower by a third and have three matrices
 NUM_CLASSES = 1_000  # assumed: the head is under 0.1 % of the FLOPs of all but the smallest models
@@ -102,6 +104,14 @@ def training_flops(config: TrialConfig) -> float:
         _head_flops(config, head.settings) * (_TRAINING_STEP * head.student + head.teacher) for head in _heads(config)
     )
     return passes * student + _GLOBAL_CROPS * _crop_flops(config, _patches(config)) + heads
+
+
+def step_flops(config: TrialConfig) -> float:
+    """`training_flops` of a whole step, as the trial is defined and not as it is executed: what activation
+    checkpointing computes twice counts once, since nothing is learned by it.
+    """
+    plain = config.model_copy(update={"execution": ExecutionConfig()})
+    return training_flops(plain) * config.optim.batch_size
 
 
 def _crop_flops(config: TrialConfig, patches: int) -> float:
@@ -256,7 +266,9 @@ def checkpoint_bytes(config: TrialConfig) -> int:
     if not _trains(config):
         return 0
     count = config.execution.keep_checkpoints + len(config.execution.keep_steps)
-    return 4 * ((1 + _optimizer_copies(config)) * _trained(config) + _copies(config)) * count
+    copies = 1 + _optimizer_copies(config)
+    scored = 0 if config.evaluation.score is None else _trained(config) + _copies(config)  # weights of another step
+    return 4 * (copies * _trained(config) + _copies(config) + scored) * count
 
 
 def _trained(config: TrialConfig) -> int:

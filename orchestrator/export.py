@@ -1,4 +1,4 @@
-"""The command `export`: weights of a trial's newest checkpoint as a folder that timm loads."""
+"""The command `export`: weights of a trial's newest checkpoint, or of its scoring step, as a folder that timm loads."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ def export(trial: str, to: Path | None, weights: str, storage: Path, state: Path
     saved = checkpoint.load_newest(_checkpoint_folders(layout, row))
     if saved is None:
         raise ValueError(f"{row.name} is {row.state} and has no checkpoint to export")
-    found = timm_folder.weights_in(saved)
+    stored = timm_folder.scored(saved)
+    found = timm_folder.weights_in(stored)
     if weights not in found:
         raise ValueError(f"{row.name} has no {weights} weights; its checkpoint has: {', '.join(found) or 'none'}")
     tensors, configuration = timm_folder.to_timm(found[weights], config.model)
     folder = (to or layout.trial(row.trial_id).root / "export" / weights).resolve()
     timm_folder.write(folder, tensors, configuration)
-    print(f"{row.name}: {weights} weights of step {saved['step']} are in {folder}")
+    print(f"{row.name}: {weights} weights of step {stored['step']} are in {folder}")
     if not timm_folder.resizes_alike(config.model):
         print(
             f"note: for images of {config.model.image_size} px only, since timm resizes position embeddings otherwise"

@@ -68,7 +68,9 @@ def import_results(asked: Request) -> None:
         for trial_id in publish.missing(ledger, layout.trial):
             publish.trial(ledger, layout.trial(trial_id), trial_id)
         entries = {entry["trial_id"]: entry for entry in (known or {"trials": []})["trials"]}
-        entries |= {row.trial_id: _entry(row) for row in rows if row.role == "cell"}
+        entries |= {
+            row.trial_id: {**entries.get(row.trial_id, {}), **_entry(row)} for row in rows if row.role == "cell"
+        }
         write_whole(layout.plan, (json.dumps({**plan, "trials": list(entries.values())}, indent=1) + "\n").encode())
     print(f"{name}: {len(changes)} trials imported, {len(results) - len(changes)} as before")
     inspect.report([name], asked.storage)

@@ -1,11 +1,14 @@
-"""The commands logs, stop and report, and which sweep or trial a user means."""
+"""The commands logs, stop, report and compare, and which sweep or trial a user means."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from orchestrator.layout import SweepLayout, TrialLayout
 from orchestrator.ledger import Ledger, TrialRow
@@ -90,12 +93,34 @@ def stop(trial: str, storage: Path, state: Path) -> None:
     print(f"{row.name} will checkpoint and end as stopped")
 
 
-def report(names: Sequence[str], storage: Path) -> None:
-    """Write tables, figures and report of each sweep and print its table.
+@dataclass(frozen=True)
+class Pivots:
+    """Which tables `report` prints instead of writing everything.
+
+    Attributes:
+        form: as `analysis.readable.Form`, or "terminal"; None: by the ending of `output`, else for the terminal.
+        rows: axes; None: those that are not in `columns`, by default all but registers.
+        metrics: None: the primary ones.
+        output: a file; None: standard output.
+    """
+
+    form: str | None = None
+    rows: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] | None = None
+    show: Literal["both", "spread", "difference"] = "both"
+    output: Path | None = None
+
+
+def report(names: Sequence[str], storage: Path, pivots: Pivots | None = None) -> None:
+    """Write tables, figures and report of each sweep and print its table; or print or write `pivots` alone.
 
     Raises:
-        ValueError: there is no such sweep.
+        ValueError: there is no such sweep, metric, axis or kind of file.
     """
+    if pivots is not None:
+        _print_pivots([sweep_layout(name, storage, storage) for name in names], pivots)
+        return
     from rich.console import Console
 
     from analysis.run import analyse
@@ -107,7 +132,74 @@ def report(names: Sequence[str], storage: Path) -> None:
         for problem in analysis.problems:
             print(f"note: {problem}")
         print(analysis.answer)
-        print(f"tables {layout.tables}/*.parquet\nreport {layout.report}")
+        print(f"tables {layout.tables}/*.parquet, ablation.csv, pivots/*\nreport {layout.report}")
+
+
+def _print_pivots(layouts: Sequence[SweepLayout], wanted: Pivots) -> None:
+    from analysis import readable
+    from analysis.collect import collect
+    from analysis.pivots import pivot
+    from analysis.results import evaluate
+
+    found = []
+    for layout in layouts:
+        results = evaluate(collect(layout.root))
+        metrics = wanted.metrics or readable.default_metrics(results)
+        if not metrics:
+            raise ValueError(f"{layout.name} has no metric yet: no trial has finished, or none is planned")
+        found += [pivot(results, metric, wanted.rows, wanted.columns) for metric in metrics]
+    form = readable.form_of(wanted.form, wanted.output)
+    if wanted.output is not None:
+        readable.write(wanted.output, found, form, wanted.show)
+    else:
+        print(readable.text(found, form, wanted.show), end="")
+
+
+def compare(
+    names: tuple[str, str], storage: Path, *, as_json: bool, metrics: Sequence[str], output: Path | None
+) -> None:
+    """Print what changed between two sweeps, cell by cell, or write it as a file.
+
+    Args:
+        names: of sweeps in `storage`, or their folders.
+        metrics: those to show; empty: the primary ones.
+
+    Raises:
+        ValueError: there is no such sweep or metric, nothing can be compared, or no such kind of file is written.
+    """
+    from analysis import comparisons
+    from analysis.collect import collect
+    from analysis.compare import compare as compared
+    from analysis.results import evaluate
+
+    folders = [folder_of(name, storage) for name in names]
+    if folders[0].resolve() == folders[1].resolve():
+        raise ValueError(f"{names[0]} and {names[1]} are the same sweep; compare takes two")
+    results = [evaluate(collect(folder)) for folder in folders]
+    same_name = len({one.frames.plan.sweep for one in results}) == 1
+    comparison = compared(results[0], results[1], names if same_name else None)
+    if output is not None:
+        comparisons.write(output, comparison, metrics or None)
+    if as_json:
+        print(comparisons.json_text(comparison), end="")
+    elif output is None:
+        print(comparisons.terminal_text(comparison, metrics or None), end="")
+
+
+def folder_of(sweep: str, storage: Path) -> Path:
+    """The folder of a sweep that is named, or given as a folder itself.
+
+    Raises:
+        ValueError: there is no such sweep.
+    """
+    if is_folder(sweep):
+        return Path(sweep)
+    return sweep_layout(sweep, storage, storage).root
+
+
+def is_folder(sweep: str) -> bool:
+    """Whether a user means a folder by it, and not a name in the storage: it has a slash, and is a sweep's folder."""
+    return os.sep in sweep and (Path(sweep) / "plan.json").is_file()
 
 
 def sweeps(storage: Path, state: Path) -> Iterator[SweepLayout]:

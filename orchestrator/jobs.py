@@ -17,6 +17,7 @@ def job_of(
     *,
     train: str = TRAIN,
     remote: str | None = None,
+    system_metrics: bool = False,
 ) -> Job:
     """The job of a trial's next attempts; `train` is what runs it unless it is a program of somebody else's."""
     return Job(
@@ -32,5 +33,6 @@ def job_of(
         gpus=request.gpus / request.ranks,
         ranks=request.ranks,
         remote=remote,
+        system_metrics=system_metrics,
         train=PROGRAM if trial.config.command is not None else train,
     )

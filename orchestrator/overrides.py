@@ -13,7 +13,11 @@ from trainers.config import TrialConfig, is_execution
 from trainers.explain import did_you_mean
 
 # Parts of a sweep that can be replaced; the others decide what is compared and are edited in the file.
-_PARTS = ("seeds", "question", "baseline", "primary", "resources", "scheduler", "search", "budget")
+_PARTS = (
+    *("seeds", "question", "baseline", "primary", "resources", "scheduler", "search", "budget"),
+    *("match", "score", "outlier_limit"),
+)
+_DECISIVE = ("match", "score")  # of these, what decides what trials compute
 
 
 def parse(override: str) -> tuple[tuple[str, ...], Any, list[Problem]]:
@@ -70,9 +74,10 @@ def place(raw: dict[str, Any], path: tuple[str, ...], value: object) -> bool:
     return True
 
 
-def renamed(name: str, settings: Mapping[str, Any]) -> str:
-    """`name`, or NAME@HASH where `settings` from the command line make it another experiment."""
+def renamed(name: str, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
+    """`name`, or NAME@HASH where `settings` and `parts` from the command line make it another experiment."""
     decisive = {key: value for key, value in settings.items() if key == "preset" or not is_execution(key)}
+    decisive |= {key: value for key, value in parts.items() if key in _DECISIVE}
     if not decisive:
         return name
     canonical = json.dumps(decisive, sort_keys=True, separators=(",", ":"))

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator import match
 from orchestrator.cells import Cell, Grid
 from orchestrator.ledger_schema import Role
 from orchestrator.sweep import Resources, Sweep
 from orchestrator.trial_names import trial_names
 from trainers import released
-from trainers.config import TrialConfig, flatten, resolve, trial_id
+from trainers.catalog import MODEL_SIZES
+from trainers.config import TrialConfig, resolve, trial_id
 
 # Student's t at 0.975 for 1 … 30 degrees of freedom, as handbooks list it; scipy takes too long to load for a plan.
 _T_975 = (
@@ -22,6 +24,7 @@ _T_975 = (
     2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423,
 )  # fmt: skip
 _Z_975 = 1.959964
+_MOST_LISTED = 32  # cells that one note lists
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,23 @@ class Plan:
         """The content of plan.json: this plan only, every value as JSON has it."""
         sweep = self.sweep.model_dump(mode="json")
         trials = [
-            {"trial_id": t.trial_id, "name": t.name, "cell": plain_cell(t.cell), "seed": t.seed} for t in self.trials
+            {
+                "trial_id": t.trial_id,
+                "name": t.name,
+                "cell": plain_cell(t.cell),
+                "seed": t.seed,
+                "training_flops": match.training_flops(t.config),
+            }
+            for t in self.trials
         ]
         more_seeds = {} if self.sweep.more_seeds is None else {"more_seeds": sweep["more_seeds"]}
         return {
             "sweep": self.sweep.name,
-            **{key: sweep[key] for key in ("question", "axes", "seeds", "baseline", "primary", "scheduler")},
+            **{key: sweep[key] for key in ("question", "axes", "seeds", "baseline", "primary")},
+            **{key: sweep[key] for key in ("match", "score", "outlier_limit", "scheduler")},
             **more_seeds,
             "cost": dict(cost or {}),
+            "model_sizes": {name: {"width": size.width, "depth": size.depth} for name, size in MODEL_SIZES.items()},
             "trials": trials,
         }
 
@@ -80,13 +92,11 @@ def build_plan(sweep: Sweep) -> Plan:
     Raises:
         ConfigError: a cell's configuration is impossible; `read_sweep` finds that earlier, with the line.
     """
-    grid = Grid(sweep.trial, sweep.axes, sweep.when, sweep.exclude)
     cells: dict[str, tuple[dict[str, Any], TrialConfig]] = {}
     settings: dict[str, Mapping[str, Any]] = {}
     notes: list[str] = []
-    for cell in grid.cells():
-        config = resolve({**cell.settings, "seed": sweep.seeds[0]})
-        values = _effective(cell, config)
+    for cell, config in _resolved(sweep):
+        values = match.effective(cell, config)
         key = trial_id(config)
         known = cells.setdefault(key, (values, config))
         settings.setdefault(key, cell.settings)
@@ -98,9 +108,24 @@ def build_plan(sweep: Sweep) -> Plan:
     kept = list(cells.values())
     configs = [config for _, config in kept]
     notes += _mixed_recipes(configs) + _enlarged(configs) + _nameless(configs)
-    notes += _stopped_early(sweep) + _searched(sweep, len(kept))
+    notes += _stopped_early(sweep) + _searched(sweep, len(kept)) + _matched(sweep, kept) + _scored(sweep)
     trials = () if sweep.search is not None else _trials(sweep, kept)
     return Plan(sweep, trials, tuple(values for values, _ in kept), tuple(notes), tuple(settings.values()))
+
+
+def _resolved(sweep: Sweep) -> list[tuple[Cell, TrialConfig]]:
+    """Every cell with its configuration, as long as `match` makes it."""
+    seed = {"seed": sweep.seeds[0]}
+    cells = list(Grid(sweep.base, sweep.axes, sweep.when, sweep.exclude).cells())
+    configs = [resolve({**cell.settings, **seed}) for cell in cells]
+    if sweep.match == "flops" and sweep.baseline is not None:
+        longer = match.with_equal_flops(cells, configs, sweep.baseline)
+        configs = [
+            config if new is old else resolve({**new.settings, **seed})
+            for old, new, config in zip(cells, longer, configs, strict=True)
+        ]
+        cells = longer
+    return list(zip(cells, configs, strict=True))
 
 
 def _mixed_recipes(configs: Sequence[TrialConfig]) -> list[str]:
@@ -147,6 +172,26 @@ def _stopped_early(sweep: Sweep) -> list[str]:
     return [f"{name} stops trials early, so cells are censored: they are scored by the trials that were left to finish"]
 
 
+def _matched(sweep: Sweep, cells: Sequence[tuple[dict[str, Any], TrialConfig]]) -> list[str]:
+    """How long each cell trains so that all cost the same, and what cells of other lengths do not share."""
+    if sweep.match != "flops":
+        return []
+    listed = [f"{cell_text(values)} {config.optim.steps}" for values, config in cells]
+    more = [f"{len(listed) - _MOST_LISTED} more"] if len(listed) > _MOST_LISTED else []
+    return [
+        f"match: flops makes optim.steps {', '.join([*listed[:_MOST_LISTED], *more])}",
+        "cells of other lengths share initial weights, and data order and augmentations as far as the shorter one "
+        "goes; learning rate and other schedules follow each cell's own length",
+    ]
+
+
+def _scored(sweep: Sweep) -> list[str]:
+    """That the rule of `score` leaves a metric optimistic."""
+    if sweep.score is None or sweep.score.best is None:
+        return []
+    return [f"trials are scored where {sweep.score.best} is best, so that metric itself is optimistic there"]
+
+
 def _searched(sweep: Sweep, num_cells: int) -> list[str]:
     """What a search will run."""
     search = sweep.search
@@ -168,12 +213,6 @@ def _trials(sweep: Sweep, cells: Sequence[tuple[dict[str, Any], TrialConfig]]) -
         PlannedTrial(trial_id(config), name, values, config.seed, config, sweep.resources_of(config.model.size))
         for name, (values, config) in zip(names, seeded, strict=True)
     )
-
-
-def _effective(cell: Cell, config: TrialConfig) -> dict[str, Any]:
-    """The cell's axis values, null where the resolved configuration has no such setting."""
-    held = flatten(config.model_dump())
-    return {name: None if held.get(name) is None else value for name, value in cell.values.items()}
 
 
 def _without_effect(sweep: Sweep, cells: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -201,14 +240,6 @@ def interval_half_width(num_seeds: int) -> float | None:
         terms = (z**3 + z, 5 * z**5 + 16 * z**3 + 3 * z, 3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z)
         quantile = z + terms[0] / (4 * degrees) + terms[1] / (96 * degrees**2) + terms[2] / (384 * degrees**3)
     return quantile / math.sqrt(num_seeds)
-
-
-def detectable(num_seeds: int) -> str:
-    """The smallest difference that the seeds can show, as a sentence."""
-    width = interval_half_width(num_seeds)
-    if width is None:
-        return "1 seed: no interval, so no difference can be told from noise"
-    return f"{num_seeds} seeds: differences above {width:.2f} standard deviations of the paired differences"
 
 
 def plain_cell(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.budget import Spent
+from orchestrator.cells import baseline_of
 from orchestrator.estimate import checkpoint_bytes, num_gpus, state_bytes
 from orchestrator.layout import SweepLayout
 from orchestrator.ledger import TrialRow
 from orchestrator.measured import Sample, need, settled
 from orchestrator.plan import Plan, PlannedTrial, cell_text, plain_cell
-from orchestrator.seeds import baseline_of
 from orchestrator.sweep import Budget
 
 _GB = 1e9

@@ -87,12 +87,13 @@ class Screen:
         """Where tables, report and MLflow's UI are; without a password that the tracking URI may hold."""
         self.say(f"tables    {layout.tables}/*.parquet")
         self.say(f"report    {layout.report}")
+        command = f"orchestrate ui {layout.name} --state {layout.state}"
         if tracking_uri is None:
-            self.say(f"MLflow UI orchestrate ui --state {layout.state}")
+            self.say(f"MLflow UI {command}")
         elif tracking_uri.startswith("http"):
             self.say(f"MLflow UI {redact(tracking_uri)}")
         else:
-            self.say(f"MLflow UI orchestrate ui --tracking-uri {redact(tracking_uri)}")
+            self.say(f"MLflow UI {command} --tracking-uri {redact(tracking_uri)}")
 
     def _finish(self) -> None:
         if self._bar is not None:

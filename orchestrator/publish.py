@@ -17,6 +17,7 @@ from typing import Any
 from orchestrator.attempt import Outcome
 from orchestrator.layout import TrialLayout
 from orchestrator.ledger import Ledger, TrialRow
+from orchestrator.system_metrics import is_system
 from trainers.checkpoint_files import checksum_path, name_of
 from trainers.files import write_whole
 
@@ -90,6 +91,7 @@ def result(
         "git_commit": provenance["git_commit"],
         "versions": dict(provenance["versions"]),
         "data_fingerprint": outcome.data_fingerprint,
+        "data_sets": [dict(one) for one in outcome.data_sets],
         "error": outcome.error,
     }
 
@@ -203,7 +205,7 @@ def _metrics_parquet(points: Sequence[tuple[int, str, float]]) -> bytes:
     import pyarrow.parquet as pq
 
     schema = pa.schema([("step", pa.int64()), ("name", pa.string()), ("value", pa.float64())])
-    rows = [{"step": step, "name": name, "value": value} for step, name, value in points]
+    rows = [{"step": step, "name": name, "value": value} for step, name, value in points if not is_system(name)]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
     return buffer.getvalue()

@@ -35,6 +35,7 @@ class Options:
     rerun: bool = False
     accept_data_change: bool = False
     quiet: bool = False
+    system_metrics: bool = False
     train: str = TRAIN
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from orchestrator.draft import is_execution_setting
-from orchestrator.sweep import Budget, MoreSeeds, Part, Resources, Scheduler, Search, Sweep
+from orchestrator.sweep import Budget, MoreSeeds, Resources, Scheduler, Search, Sweep
 from trainers.catalog import MODEL_SIZES
-from trainers.config import PROGRAM_SETTING, TrialConfig, fields, section_of
+from trainers.config import PROGRAM_SETTING, ScoreConfig, TrialConfig, fields, section_of
 
 Schema = dict[str, Any]
 
@@ -26,7 +26,7 @@ def sweep_schema() -> Schema:
     axes = {name: leaf for name, leaf in leaves.items() if name != "seed" and not is_execution_setting(name)}
     settings = _section(TrialConfig, "", leaves)
     settings["properties"].pop("seed")
-    properties: Schema = {key: sweep[key] for key in ("question", "primary")}
+    properties: Schema = {key: sweep[key] for key in ("question", "primary", "match", "outlier_limit")}
     properties |= {
         "name": {**sweep["name"], "pattern": r"^[A-Za-z0-9_][A-Za-z0-9_.@-]*$"},
         "seeds": _described({"anyOf": [sweep["seeds"], _part(MoreSeeds)]}, "seeds"),
@@ -36,6 +36,7 @@ def sweep_schema() -> Schema:
         "exclude": _described(_or_null(_list(_free(_object(_choices(axes), least=1), _choice))), "exclude"),
         "baseline": _described(_or_null(_free(_object(axes, least=1))), "baseline"),
         "resources": _described(_resources(), "resources"),
+        "score": _described(_or_null(_part(ScoreConfig)), "score"),
         "scheduler": _or_null(_part(Scheduler)),
         "search": _or_null(_search(axes)),
         "budget": _or_null(_part(Budget)),
@@ -123,7 +124,7 @@ def _search(settings: dict[str, Schema]) -> Schema:
     return search
 
 
-def _part(part: type[Part]) -> Schema:
+def _part(part: type[BaseModel]) -> Schema:
     schema = part.model_json_schema()
     schema.pop("title", None)
     definitions = schema.pop("$defs", {})

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.import_results import is_imported
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import TrialRow
+from orchestrator.match import training_flops
 from orchestrator.plan import Plan, PlannedTrial, canonical, plain_cell
 from orchestrator.search import SearchGrowth
 from orchestrator.search_cell import CellSearch
 from orchestrator.search_history import Sample
+from trainers.config import TrialConfig
 
 PENDING = "pending-"  # begins the id of a trial that a search has not chosen yet
 _BASE = Sample(0, {})  # the settings of a cell without a suggestion
@@ -30,7 +33,8 @@ def plan_json(
     missing, and `search` has every suggestion of every cell with its values and trials.
     """
     content = plan.to_json(cost)
-    cells = [_entry(row) for row in rows if row.role == "cell" and row.in_plan]
+    flops = _training_flops(content["trials"])
+    cells = [_entry(row, flops) for row in rows if row.role == "cell" and row.in_plan]
     if plan.sweep.search is None:
         return {**content, "trials": cells}
     searches = SearchGrowth(plan, Path()).cells
@@ -85,8 +89,19 @@ def expected(plan: Plan) -> list[PlannedTrial]:
     return whole.named + whole.to_come
 
 
-def _entry(row: TrialRow) -> dict[str, Any]:
-    return {"trial_id": row.trial_id, "name": row.name, "cell": row.cell, "seed": row.seed}
+def _training_flops(planned: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Of every planned cell, by its canonical text: seeds do not change what training costs."""
+    return {canonical(trial["cell"]): trial["training_flops"] for trial in planned}
+
+
+def _entry(row: TrialRow, known: Mapping[str, float | None]) -> dict[str, Any]:
+    """A trial of plan.json; what a search chose is priced by its own configuration, an import is not."""
+    flops = None
+    if not is_imported(row):
+        key = canonical(row.cell)
+        flops = known[key] if key in known else training_flops(TrialConfig.model_validate(row.config))
+    entry = {"trial_id": row.trial_id, "name": row.name, "cell": row.cell, "seed": row.seed}
+    return {**entry, "training_flops": flops}
 
 
 def _pending(trial: PlannedTrial) -> dict[str, Any]:

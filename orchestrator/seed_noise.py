@@ -1,4 +1,4 @@
-"""How far seeds scatter in earlier trials, and the smallest difference that a number of seeds can show; no scipy."""
+"""How far seeds scatter in earlier trials; no scipy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.cells import baseline_of
 from orchestrator.ledger import Ledger, TrialRow
-from orchestrator.plan import interval_half_width
-from orchestrator.seeds import baseline_of
 
 _MOST_TRIALS = 200  # whose metrics are read
 
@@ -28,10 +27,10 @@ class Noise:
     degrees: int
     paired: bool
 
-    def smallest_difference(self, num_seeds: int) -> float | None:
-        """Half the 95 % interval with so many seeds; None for one seed, which has none."""
-        width = interval_half_width(num_seeds)
-        return None if width is None else width * self.deviation
+    @property
+    def of_a_run(self) -> float:
+        """The standard deviation of the noise that is drawn for every run anew, of which a difference has two."""
+        return self.deviation / math.sqrt(2)
 
 
 def noise(

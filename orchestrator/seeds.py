@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.cells import baseline_of
 from orchestrator.ledger import Ledger, TrialRow
 from orchestrator.ledger_schema import OVER, State
 from orchestrator.plan import Plan, PlannedTrial, canonical, interval_half_width
@@ -179,27 +180,6 @@ class SeedGrowth:
         resources = self._sweep.resources_of(config.model.size)
         cell.further[seed] = PlannedTrial(key, name, dict(row.cell), seed, config, resources)
         return cell.further[seed]
-
-
-def baseline_of(cell: Values, everything: Sequence[Values], baseline: Values) -> Values | None:
-    """The cell that has the baseline's values and equals `cell` in all else; None where it is not exactly one.
-
-    As the analysis has it: a setting without effect in one of the two is null there and does not tell them apart,
-    unless another cell fits exactly.
-    """
-    wanted = {**cell, **baseline}
-    fits = [other for other in everything if _fits(other, wanted, baseline)]
-    exact = [other for other in fits if other == wanted]
-    chosen = exact or fits
-    return chosen[0] if len(chosen) == 1 else None
-
-
-def _fits(values: Values, wanted: Values, fixed: Values) -> bool:
-    for axis, value in wanted.items():
-        idle = axis not in fixed and (value is None or values.get(axis) is None)
-        if values.get(axis) != value and not idle:
-            return False
-    return True
 
 
 def _last(ledger: Ledger, row: TrialRow, metric: str) -> float | None:

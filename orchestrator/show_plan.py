@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import estimate, measured, plan_changes, plan_needs, spec, starting_points
+from orchestrator import estimate, measured, plan_changes, plan_needs, smallest_difference, spec, starting_points
 from orchestrator import plan as plans
 from orchestrator.budget import Budget, Spent
 from orchestrator.layout import SweepLayout
@@ -278,16 +278,16 @@ def _number(hours: float) -> str:
 
 
 def _shown_by_seeds(facts: _Facts) -> list[str]:
-    seeds = len(facts.plan.sweep.seeds)
-    lines = [plans.detectable(seeds)]
+    shown = smallest_difference.resolution(facts.plan)
+    said, *more = smallest_difference.sentences(shown)
+    lines = [said]
+    if shown.half_width is None or shown.detectable is None:
+        return lines
     for found in facts.noise:
-        smallest = found.smallest_difference(seeds)
-        if smallest is not None:
-            how = "pairs" if found.paired else "single trials, of which pairs may scatter less"
-            lines.append(
-                f"  {found.metric}: differences above {smallest:.4g}, by earlier {how} ({found.degrees} degrees)"
-            )
-    return lines
+        how = "pairs" if found.paired else "single trials, of which pairs may scatter less"
+        sizes = f"± {shown.half_width * found.of_a_run:.4g}, found from {shown.detectable * found.of_a_run:.4g}"
+        lines.append(f"  {found.metric}: {sizes}, by earlier {how} ({found.degrees} degrees)")
+    return lines + more
 
 
 def _json(facts: _Facts, asked: Asked) -> dict[str, Any]:
@@ -296,7 +296,7 @@ def _json(facts: _Facts, asked: Asked) -> dict[str, Any]:
         entry["state"] = facts.states.get(entry["trial_id"], "planned")
         entry["origin"] = facts.origins[entry["trial_id"]]
     clock = None if facts.to_run.not_known == facts.to_run.trials > 0 else facts.wall_seconds / 3600
-    seeds = len(facts.plan.sweep.seeds)
+    shown = smallest_difference.resolution(facts.plan)
     return {
         **listed,
         "no_longer_planned": facts.removed,
@@ -304,10 +304,9 @@ def _json(facts: _Facts, asked: Asked) -> dict[str, Any]:
         "disk": asdict(facts.disk),
         "budget": facts.budget,
         "memory": [asdict(memory) | {"fits": memory.fits} for memory in facts.memory],
-        "smallest_difference": {
-            "in_standard_deviations": plans.interval_half_width(seeds),
-            "of_metrics": {found.metric: found.smallest_difference(seeds) for found in facts.noise},
-        },
+        "smallest_difference": smallest_difference.to_json(
+            shown, {found.metric: found.of_a_run for found in facts.noise}
+        ),
         **({"changed": facts.changed, "replaced": facts.replaced} if asked.difference else {}),
         "notes": facts.notes,
     }

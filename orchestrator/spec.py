@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator import spec_checks, spec_combinations, spec_search, yaml_file
+from orchestrator import spec_checks, spec_combinations, spec_match, spec_search, yaml_file
 from orchestrator.draft import Draft, nearest
 from orchestrator.overrides import renamed
 from orchestrator.problems import Problem, SpecError
@@ -20,8 +20,8 @@ from trainers.explain import explain
 __all__ = ["Problem", "Resources", "SpecError", "Sweep", "dump", "read_sweep"]
 
 # Parts that the schema alone decides; the others are checked setting by setting.
-_SIMPLE = ("name", "question", "seeds", "primary", "scheduler", "search", "budget")
-_OPTIONAL = ("scheduler", "search", "budget")
+_SIMPLE = ("name", "question", "seeds", "primary", "match", "score", "outlier_limit", "scheduler", "search", "budget")
+_OPTIONAL = ("match", "score", "scheduler", "search", "budget")
 
 
 def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = None, state: Path | None = None) -> Sweep:
@@ -45,11 +45,13 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
     spec_checks.check_axes(draft, parts)
     spec_checks.check_when(draft, parts)
     spec_checks.check_exclude(draft, parts)
+    spec_match.check_score(draft, parts, simple)
     baseline = spec_checks.check_baseline(draft, parts)
     num_seeds = len(simple.seeds) if more_seeds is None else more_seeds.most
     configs = spec_combinations.check_cells(draft, parts, num_seeds) if parts.axes else []
     if configs and baseline is not None:
         spec_combinations.check_baseline_cells(draft, parts, baseline)
+    spec_match.check_match(draft, parts, simple, baseline, configs)
     resources = spec_combinations.check_resources(draft, configs)
     spec_combinations.check_primary(draft, configs)
     if more_seeds is not None:
@@ -72,6 +74,9 @@ def read_sweep(path: Path, overrides: Sequence[str] = (), name: str | None = Non
         exclude=tuple(parts.exclude),
         baseline=baseline,
         primary=simple.primary,
+        match=simple.match,
+        score=simple.score,
+        outlier_limit=simple.outlier_limit,
         resources=resources,
         scheduler=simple.scheduler,
         search=simple.search,
@@ -149,7 +154,7 @@ def _report_repeated_seeds(draft: Draft, seeds: Any) -> None:
 
 def _effective_name(draft: Draft, given: str, name: str | None) -> str:
     if name is None:
-        return renamed(given, draft.set_settings)
+        return renamed(given, draft.set_settings, draft.set_parts())
     try:
         return sweep_name(name)
     except ValueError as error:

@@ -27,10 +27,11 @@ class Parts:
     when: list[When] = field(default_factory=list)
     when_paths: list[dict[str, Path]] = field(default_factory=list)
     exclude: list[dict[str, tuple[Any, ...]]] = field(default_factory=list)
+    score: dict[str, Any] = field(default_factory=dict)  # settings of every cell by the sweep's scoring rule
 
     def grid(self) -> Grid:
         """What the cells follow from."""
-        return Grid(self.trial, self.axes, self.when, self.exclude)
+        return Grid({**self.trial, **self.score}, self.axes, self.when, self.exclude)
 
 
 def check_trial(draft: Draft, parts: Parts) -> None:

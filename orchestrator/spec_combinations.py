@@ -68,7 +68,7 @@ def check_baseline_cells(draft: Draft, parts: Parts, baseline: Mapping[str, Any]
 
 
 def _collect(found: dict[tuple[Path, str], _Impossible], parts: Parts, cell: Cell, fault: Fault) -> None:
-    path = _blame(parts, cell, fault.fields)
+    path = blame(parts, cell, fault.fields)
     if (path, fault.message) in found:
         found[path, fault.message].count += 1
     else:
@@ -82,7 +82,7 @@ def _in_cells(impossible: _Impossible, total: int) -> str:
     return f" (in {impossible.count} of {total} cells, first in {{{where}}})"
 
 
-def _blame(parts: Parts, cell: Cell, settings: Iterable[str]) -> Path:
+def blame(parts: Parts, cell: Cell, settings: Iterable[str]) -> Path:
     """Where the first of `settings` is given: as an axis value, else in `when`, else in the base configuration."""
     names = list(settings)
     for name in names:

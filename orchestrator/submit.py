@@ -50,6 +50,7 @@ class Submission:
     name: str | None = None
     environment: Sequence[str] = ()  # names of further variables to hand over
     wait: bool = True
+    system_metrics: bool = False
 
 
 def submit(asked: Submission, say: Callable[[str], None], folder: Path | None = None) -> int:
@@ -106,6 +107,8 @@ def entrypoint(asked: Submission, folder: Path) -> str:
         options += ["--tracking-uri", _without_secret(asked.tracking_uri)]
     if asked.name is not None:
         options += ["--name", asked.name]
+    if asked.system_metrics:
+        options.append("--system-metrics")
     for setting in asked.overrides:
         options += ["--set", setting]
     return shlex.join([*_PROGRAM, "sweep", file.relative_to(folder).as_posix(), *options])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from trainers.config import ScoreConfig
 from trainers.explain import shown
 
 MAX_TRIALS = 100_000
@@ -245,6 +246,12 @@ class MoreSeeds(Part):
         return tuple(range(self.first))
 
 
+def score_settings(score: ScoreConfig | None) -> dict[str, Any]:
+    """A scoring rule as settings of a trial by dotted name."""
+    given = {} if score is None else score.model_dump(exclude_none=True)
+    return {f"evaluation.score.{name}": value for name, value in given.items()}
+
+
 class Sweep(Part):
     """One question: every combination of the axes is a cell, every seed in a cell a trial."""
 
@@ -267,9 +274,25 @@ class Sweep(Part):
     resources: Resources | dict[str, Resources] = Field(
         default_factory=Resources, description="of a trial, or by model size"
     )
+    match: Literal["steps", "flops"] | None = Field(
+        None,
+        description="what compared cells have equal: steps, which is checked; or training FLOPs, for which each cell "
+        "gets as many steps as cost what its baseline costs; null for neither",
+    )
+    score: ScoreConfig | None = Field(
+        None, description="which step of every trial is scored on the test set; null for the last one"
+    )
+    outlier_limit: float = Field(
+        0.005, gt=0, lt=1, description="of patches: a fraction whose upper bound is below counts as no outliers"
+    )
     scheduler: Scheduler | None = None
     search: Search | None = None
     budget: Budget | None = None
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Settings of every cell: those of `trial`, and the rule of `score`."""
+        return {**self.trial, **score_settings(self.score)}
 
     def resources_of(self, size: str) -> Resources:
         """The resources of a trial with a model of `size`."""

@@ -107,6 +107,7 @@ class SweepRun:
         if options.address is None and self.keeper is None:  # the machine that trains may have what this one lacks
             starting_points.check(pending, layout.storage)
         with self._tracking() as sink:
+            sink.log_artifacts([layout.plan])  # by which the analysis reads a sweep from MLflow alone
             if pending:
                 with self.budget:
                     self._train(pending, sink.notify)
@@ -301,7 +302,16 @@ class SweepRun:
         row = self.ledger.row(trial.trial_id)
         self.gpus[trial.trial_id] = request.gpus if trial.resources.gpus else 0.0
         self.budget.begin(trial.trial_id)
-        job = job_of(trial, row, self.layout, request, train=self.options.train, remote=self.options.remote)
+        options = self.options
+        job = job_of(
+            trial,
+            row,
+            self.layout,
+            request,
+            train=options.train,
+            remote=options.remote,
+            system_metrics=options.system_metrics,
+        )
         return job, request
 
     def _conclude(self, sink: Any) -> int:
@@ -310,8 +320,9 @@ class SweepRun:
 
         self.room.wait_for(self._write_plan)
         analysis = self.room.wait_for(lambda: analyse(self.layout.root))
-        made = (self.layout.tables, self.layout.figures, self.layout.report)
+        made = (self.layout.plan, self.layout.tables, self.layout.figures, self.layout.report)
         sink.log_artifacts([path for path in made if path.exists()])
+        sink.describe(analysis.note)
         self.screen.table(analysis.terminal)
         for line in (analysis.answer, *(f"note: {problem}" for problem in analysis.problems)):
             self.screen.say(line)

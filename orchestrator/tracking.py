@@ -12,7 +12,15 @@ from pathlib import Path
 
 from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import Delivery
-from orchestrator.tracking_records import STATUSES, check_tracking_uri, redact, status_tags, ui_command
+from orchestrator.tracking_records import (
+    STATUSES,
+    check_tracking_uri,
+    data_inputs,
+    redact,
+    status_tags,
+    tag_values,
+    ui_command,
+)
 from orchestrator.tracking_runs import Runs
 from orchestrator.tracking_store import MAX_METRICS, Gone, Refused, Store, Unavailable, environment
 from trainers.files import write_whole
@@ -86,6 +94,8 @@ class Sink:
         self._spent = (0.0, 0.0, 0.0)  # at the last rest: processor seconds of the thread, of the process, the clock
         self._thread = threading.Thread(target=self._loop, name="mlflow-sink", daemon=True)
         self._artifacts: list[Path] = []  # appended by the driver, taken off the front by the thread
+        self._notes: list[str] = []  # likewise; only the newest counts
+        self._upload_after = 0.0  # on the monotonic clock; later than now while uploads fail
         self._store: Store | None = None
         self._runs: Runs | None = None
         self._ended = False
@@ -111,6 +121,11 @@ class Sink:
     def log_artifacts(self, paths: Sequence[Path]) -> None:
         """Add files, and folders under their names, to the sweep's run; they are uploaded before `close` is done."""
         self._artifacts.extend(paths)
+        self._wake.set()
+
+    def describe(self, text: str) -> None:
+        """Show `text`, which is Markdown, with the sweep's run from now on, in place of the description."""
+        self._notes.append(text)
         self._wake.set()
 
     def flush(self, timeout: float) -> int:
@@ -152,7 +167,7 @@ class Sink:
 
     def _lacking(self, leaving: bool) -> int:
         trials = self._ledger.undelivered(leaving=leaving)
-        return sum(t.pending + (t.wanted != t.delivered) for t in trials) + len(self._artifacts)
+        return sum(t.pending + (t.wanted != t.delivered) for t in trials) + len(self._artifacts) + bool(self._notes)
 
     # The thread
 
@@ -190,12 +205,15 @@ class Sink:
         self._wake.clear()
 
     def _back_off(self, pause: float, error: Exception) -> float:
+        self._warn(error)
+        return min(max(2 * pause, _BACK_OFF_S[0]), _BACK_OFF_S[1])
+
+    def _warn(self, error: Exception) -> None:
         now = time.monotonic()
         if now - self._warned_at >= _WARN_EVERY_S:
             self._warned_at = now
             text = redact(" ".join(str(error).split()))[:300]
             logger.warning("MLflow at %s fails (%s); trials go on, delivery is tried again", redact(self._uri), text)
-        return min(max(2 * pause, _BACK_OFF_S[0]), _BACK_OFF_S[1])
 
     def _pass(self, reader: Ledger) -> None:
         """Bring over all that is missing now; any call may fail, and what was marked before stays."""
@@ -212,7 +230,7 @@ class Sink:
                 failed = error
             self._rest()
         try:
-            self._upload(store, runs.parent_id)
+            self._upload_in_time(store, runs.parent_id)
         except (Unavailable, Refused) as error:  # no reason to leave the sweep's run open
             failed = error
         if leaving and not reader.undelivered(leaving=True):
@@ -261,10 +279,29 @@ class Sink:
             self._check()
             tags = status_tags(row, delivery.wanted, reader.metrics(trial_id))
             store.log_texts(run_id, params={}, tags=tags)
+            store.log_inputs(run_id, data_inputs(row))
             store.set_status(run_id, STATUSES[delivery.wanted], row.ended_ms)
             self._ledger.mark_delivered(trial_id, run_id, status=delivery.wanted)
 
+    def _upload_in_time(self, store: Store, parent_id: str) -> None:
+        """Upload what there is; while trials run, one upload that fails holds no points up: it is tried now and then.
+
+        So it is where a server keeps its artifacts where only its own machine can write.
+        """
+        if self._hurry.is_set():
+            self._upload(store, parent_id)
+        elif time.monotonic() >= self._upload_after:
+            try:
+                self._upload(store, parent_id)
+            except (Unavailable, Refused) as error:
+                self._upload_after = time.monotonic() + _BACK_OFF_S[1]
+                self._warn(error)
+
     def _upload(self, store: Store, parent_id: str) -> None:
+        while count := len(self._notes):
+            self._check()
+            store.log_texts(parent_id, params={}, tags=tag_values({"mlflow.note.content": self._notes[count - 1]}))
+            del self._notes[:count]
         while self._artifacts:
             self._check()
             if self._artifacts[0].exists():

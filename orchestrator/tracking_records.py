@@ -7,8 +7,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from orchestrator.ledger_schema import TrialRow
 from trainers.config import flatten
@@ -17,6 +17,7 @@ MAX_VALUE_LENGTH = 6_000  # MLflow cuts params there in silence (mlflow/utils/va
 _MAX_TAG_LENGTH = 5_000  # the least limit among MLflow's stores; ours is 8,000
 _MAX_KEY_LENGTH = 250
 _MAX_NONFINITE_NAMED = 50
+_MAX_DATA_NAME, _MAX_DIGEST = 500, 36  # mlflow/utils/validation.py
 
 # MLflow knows five statuses; the tag `status` keeps which of ours it was.
 STATUSES: Mapping[str, str] = {
@@ -118,6 +119,35 @@ def status_tags(row: TrialRow, status: str, metrics: Sequence[tuple[int, str, fl
     return tag_values(tags)
 
 
+class DataInput(NamedTuple):
+    """A data set that a run has used, as MLflow shows it; `digest` is its fingerprint, `images` those of each split."""
+
+    name: str
+    digest: str
+    context: str
+    images: Mapping[str, int]
+
+
+def data_inputs(row: TrialRow) -> list[DataInput]:
+    """The data sets that a trial has used under their logical names: where they lie is nobody's business.
+
+    A result that does not list them (of an earlier version, or from another tool) has one fingerprint of all data.
+    """
+    return [one for one in _data_inputs(row) if one.name and one.digest]
+
+
+def _data_inputs(row: TrialRow) -> Iterator[DataInput]:
+    result, data = row.result or {}, row.config.get("data") or {}
+    for found in result.get("data_sets") or ():
+        yield _data_input(found.get("name"), found.get("fingerprint"), found.get("use"), found.get("images") or {})
+    if not result.get("data_sets"):
+        yield _data_input(data.get("name") or data.get("train"), result.get("data_fingerprint"), "training", {})
+
+
+def _data_input(name: Any, digest: Any, use: Any, images: Mapping[str, int]) -> DataInput:
+    return DataInput(redact(str(name or ""))[:_MAX_DATA_NAME], str(digest or "")[:_MAX_DIGEST], str(use), images)
+
+
 def tag_values(tags: Mapping[str, str]) -> dict[str, str]:
     """`tags` without secrets, cut to MLflow's limit."""
     return {name: redact(text)[:_MAX_TAG_LENGTH] for name, text in tags.items()}
@@ -135,6 +165,7 @@ def ui_command(tracking_uri: str, port: int) -> tuple[list[str], dict[str, str]]
         raise ValueError(f"{redact(tracking_uri)} is a server: open it in a browser")
     hosts = ",".join(f"{host}:{port}" for host in ("127.0.0.1", "localhost"))
     listen = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--allowed-hosts", hosts]
+    listen += ["--uvicorn-opts", "--log-level=warning"]  # else a line for every request
     environment = {
         "MLFLOW_BACKEND_STORE_URI": tracking_uri,
         "MLFLOW_DISABLE_TELEMETRY": "true",

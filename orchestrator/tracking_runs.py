@@ -62,7 +62,7 @@ class Runs:
             "sweep": sweep,
             "storage": storage,
             "status": "running",
-            "mlflow.note.content": description,
+            **({"mlflow.note.content": description} if description else {}),
         }
         check()
         self.experiment_id = store.experiment(sweep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import math
 import os
@@ -15,11 +16,14 @@ from typing import Any, NamedTuple, TypeVar
 
 from orchestrator import variables
 from orchestrator.ledger_schema import Point
-from orchestrator.tracking_records import check_tracking_uri, entity_name, redact
+from orchestrator.tracking_records import DataInput, check_tracking_uri, entity_name, redact
 
 MAX_METRICS = 1_000  # of one log_batch call (mlflow/utils/validation.py)
 _MAX_PARAMS_OR_TAGS = 100
 _PAGE = 500
+_KIND = {
+    "mlflow.experimentKind": "custom_model_development"
+}  # else the UI guesses, and shows views for language models
 _TRIES, _QUICK_S, _PAUSE_S = 4, 1.0, 0.05  # a call that failed within a second is made again at once, so many times
 
 T = TypeVar("T")
@@ -120,9 +124,11 @@ class Store:
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 folder = None if self._artifacts is None else (self._artifacts / entity_name(name)).absolute().as_uri()
-                return str(self._client.create_experiment(name, artifact_location=folder))
+                return str(self._client.create_experiment(name, artifact_location=folder, tags=_KIND))
             if found.lifecycle_stage == "deleted":
                 self._client.restore_experiment(found.experiment_id)
+            for key in set(_KIND) - set(found.tags):
+                self._client.set_experiment_tag(found.experiment_id, key, _KIND[key])
             return str(found.experiment_id)
 
         return self._call(call)
@@ -144,6 +150,15 @@ class Store:
             token = page.token
             if not token:
                 return sorted(runs, key=lambda run: (run.start_ms, run.run_id))
+
+    def sweeps(self, name: str) -> list[tuple[str, str]]:
+        """Ids of the experiment and of the sweep's own run, for each sweep of that name, the newest first."""
+        found = self._call(lambda: self._client.get_experiment_by_name(name))
+        if found is None or found.lifecycle_stage == "deleted":
+            return []
+        search = partial(self._client.search_runs, [found.experiment_id], "tags.role = 'sweep'", max_results=_PAGE)
+        runs = sorted(self._call(search), key=lambda run: (-run.info.start_time, run.info.run_id))
+        return [(str(found.experiment_id), str(run.info.run_id)) for run in runs]
 
     def tags(self, run_id: str) -> Mapping[str, str]:
         """The tags of a run; none where it does not exist."""
@@ -192,6 +207,26 @@ class Store:
             for start in range(0, len(entities), _MAX_PARAMS_OR_TAGS):
                 self._batch(run_id, kind, entities[start : start + _MAX_PARAMS_OR_TAGS])
 
+    def log_inputs(self, run_id: str, inputs: Sequence[DataInput]) -> None:
+        """Log the data sets that a run has used; sent twice, each is there once.
+
+        One that MLflow will never accept is left out and said: no reason to hold back the run's status.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        def entity(one: DataInput) -> Any:
+            source = json.dumps({"uri": one.name})  # a logical name: paths say much of a machine and nothing of data
+            profile = json.dumps({"num_rows": sum(one.images.values()), **one.images}) if one.images else None
+            dataset = Dataset(one.name, one.digest, "local", source, profile=profile)
+            return DatasetInput(dataset, tags=[InputTag("mlflow.data.context", one.context)])
+
+        if not inputs:
+            return
+        try:
+            self._call(lambda: self._client.log_inputs(run_id, datasets=[entity(one) for one in inputs]))
+        except Refused as error:
+            logger.warning("MLflow refuses the data sets of run %s: %s", run_id, error)
+
     def _batch(self, run_id: str, kind: str, entities: Sequence[Any]) -> None:
         """One log_batch call; where values are refused, halve until the refused ones are alone, and leave those out."""
         if not entities:
@@ -207,11 +242,17 @@ class Store:
             self._batch(run_id, kind, entities[half:])
 
     def log_artifacts(self, run_id: str, path: Path) -> None:
-        """Upload a file, or a folder under its own name. Plain files only: nothing here is ever loaded as a model."""
-        if path.is_dir():
-            self._call(lambda: self._client.log_artifacts(run_id, str(path), path.name))
-        else:
+        """Upload a file, or a folder under its own name but for what is hidden in it; what was there is replaced.
+
+        Plain files only: nothing here is ever loaded as a model.
+        """
+        if not path.is_dir():
             self._call(lambda: self._client.log_artifact(run_id, str(path)))
+            return
+        for file in sorted(path.rglob("*")):
+            inside = file.relative_to(path.parent)
+            if file.is_file() and not any(part.startswith(".") for part in inside.parts[1:]):
+                self._call(partial(self._client.log_artifact, run_id, str(file), inside.parent.as_posix()))
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def run(job: Job, layout: TrialLayout, number: int, report: Report, should_stop:
         device=result.device,
         threads=torch.get_num_threads(),
         data_fingerprint=result.data_fingerprint,
+        data_sets=tuple(result.data_sets),
         error=result.error,
     )
 

@@ -12,7 +12,7 @@ from analysis import histograms, schemas
 from analysis.collect import collect
 from analysis.labels import metric_label
 from analysis.pictures import draw
-from analysis.scores import last_scores
+from analysis.results import evaluate
 from orchestrator import publish
 from tests.analysis import fabricated
 from tests.trainers.runs import run
@@ -82,7 +82,7 @@ def test_what_a_trial_leaves_can_be_drawn_and_named(tiny: dict[str, Any], tmp_pa
             if path.suffix != ".png":
                 shutil.copy(path, folder / "trials" / trial.trial_id / path.name)
     frames = collect(folder)
-    pictures = draw(frames, last_scores(frames))
+    pictures = draw(evaluate(frames))
     assert (frames.problems, pictures.problems) == ((), ())
     drawn = {picture.name for picture in pictures.drawn}
     assert {"norm_histogram", "norms_by_kind", "norm_map", "position_map", "neighbor_similarity"} <= drawn

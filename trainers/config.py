@@ -36,6 +36,7 @@ from trainers.probe_settings import ZeroShotConfig as ZeroShotConfig
 from trainers.program_settings import PROGRAM_SETTING as PROGRAM_SETTING
 from trainers.program_settings import ProgramSettings, is_program_setting, only_given
 from trainers.program_settings import filled as filled
+from trainers.score_settings import ScoreConfig as ScoreConfig
 from trainers.section import LISTED, ONCE, Section, known, rising
 from trainers.settle import settle
 from trainers.token_settings import TokensConfig as TokensConfig
@@ -296,6 +297,7 @@ class EvaluationConfig(Section):
     ] = Field(("linear", "knn"))
     points: int = Field(5, ge=1, le=1_000, description="evaluations in a run, evenly spaced, the last at the end")
     train_images: int = Field(4_000, ge=16, le=100_000_000, description="most training images that probes learn from")
+    score: ScoreConfig | None = Field(None, description="which step is scored on the test set; null for the last")
     linear: LinearConfig | None = Field(default_factory=LinearConfig, description="null where the probe is off")
     knn: KnnConfig | None = Field(default_factory=KnnConfig, description="null where the probe is off")
     zero_shot: ZeroShotConfig | None = Field(default_factory=ZeroShotConfig, description="null where the probe is off")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from trainers import catalog
 from trainers.explain import did_you_mean, shown
 from trainers.program_settings import PLACEHOLDERS, names_given, placeholders
+from trainers.score_settings import TOKEN_METRICS
 
 if TYPE_CHECKING:
     from trainers.config import TrialConfig
@@ -47,6 +48,7 @@ def conflicts(config: TrialConfig) -> Iterator[Conflict]:
     yield from _missing_measurements(config)
     yield from _probes(config)
     yield from _probe_settings(config)
+    yield from _score(config)
     yield from _unmet_needs(config)
 
 
@@ -323,6 +325,53 @@ def _probe_settings(config: TrialConfig) -> Iterator[Conflict]:
         yield (
             f"evaluation.depth.min_depth {depth.min_depth} is not below evaluation.depth.max_depth {depth.max_depth}",
             ("evaluation.depth.min_depth", "evaluation.depth.max_depth"),
+        )
+
+
+def _score(config: TrialConfig) -> Iterator[Conflict]:
+    """The scoring step is one that training reaches, chosen by what is measured while it does."""
+    score, steps = config.evaluation.score, config.optim.steps
+    if score is None or steps == 0:
+        return
+    if score.best is not None and score.step is not None:
+        yield (
+            f"evaluation.score has both best ({score.best}) and step ({score.step}); one of them says which step it is",
+            ("evaluation.score.best", "evaluation.score.step"),
+        )
+    elif score.step is not None and score.step > steps:
+        yield (
+            f"evaluation.score.step {score.step} is more than optim.steps {steps}",
+            ("evaluation.score.step", "optim.steps"),
+        )
+    elif score.best is not None:
+        yield from _score_metric(config, score.best)
+
+
+def _score_metric(config: TrialConfig, metric: str) -> Iterator[Conflict]:
+    evaluation, probe = config.evaluation, metric.split("/")[1].replace("linear_mean_patch", "linear")
+    if metric in TOKEN_METRICS:
+        if evaluation.score is not None and evaluation.score.mode in ("auto", None):
+            yield (
+                f"evaluation.score.mode is not given, and neither more nor less of {metric} is better by agreement; "
+                "allowed: max, min",
+                ("evaluation.score.best", "evaluation.score.mode"),
+            )
+    elif probe in catalog.PROBES and (last := metric.rpartition("/")[2]) not in catalog.PROBES[probe].metrics:
+        yield (
+            f"evaluation.score.best is {metric}, and probe {probe} has no metric {last!r}; it has "
+            f"{', '.join(catalog.PROBES[probe].metrics)}",
+            ("evaluation.score.best",),
+        )
+    elif probe in catalog.PROBES and probe not in evaluation.probes:
+        yield (
+            f"evaluation.score.best is {metric}, but evaluation.probes ({', '.join(evaluation.probes)}) lacks {probe}",
+            ("evaluation.score.best", "evaluation.probes"),
+        )
+    elif probe in catalog.PROBES and getattr(getattr(evaluation, probe), "at", "every") == "end":
+        yield (
+            f"evaluation.score.best is {metric}, which is measured at the end alone; set evaluation.{probe}.at to "
+            "every",
+            ("evaluation.score.best", f"evaluation.{probe}.at"),
         )
 
 

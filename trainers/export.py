@@ -48,6 +48,15 @@ def weights_in(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     return found if averaged is None else {**found, "ema": dict(averaged)}
 
 
+def scored(state: dict[str, Any]) -> dict[str, Any]:
+    """A trial's checkpoint with the step and the weights that the trial is scored with in the place of its last ones.
+
+    They differ where `evaluation.score` chooses another step; of a trial that still trains they are those so far.
+    """
+    kept = state.get("scoring")
+    return state if kept is None else {**state, **{name: kept[name] for name in ("step", "method", "ema")}}
+
+
 def to_timm(
     state: Mapping[str, Tensor], model: ModelConfig, shape: catalog.ModelSize | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -154,6 +154,9 @@ def _read_trial(source: released.Source, execution: ExecutionConfig) -> tuple[st
         has = ", ".join(map(str, sorted(kept)))
         raise ValueError(f"model.weights: trial {source.trial} keeps no checkpoint of step {step} (steps: {has})")
     stored = checkpoint.first_whole(kept[step])
+    if source.step is None and stored.get("scoring") is not None:
+        stored = export.scored(stored)
+        step = stored["step"]
     kinds = export.weights_in(stored)
     kind = source.kind or ("teacher" if "teacher" in kinds else "raw")
     if kind not in kinds:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers import catalog
 from trainers.method_settings import DinoConfig, DinoV2Config
+from trainers.score_settings import mode_of
 
 if TYPE_CHECKING:
     from trainers.config import TrialConfig
@@ -39,6 +40,7 @@ def settle(config: TrialConfig) -> Values:
         if name not in config.evaluation.probes:
             values["evaluation"][name] = None
     _tokens(values["tokens"])
+    _score(values["evaluation"], values["optim"]["steps"])
     _methods(config, values)
     return values
 
@@ -108,6 +110,17 @@ def _optimiser(optim: Values) -> None:
         optim["decay_tokens"] = optim["decay_registers"] = None
     else:
         _default(optim, "decay_tokens", "none")
+
+
+def _score(evaluation: Values, steps: int) -> None:
+    """No rule where it names the last step, or where nothing is trained and there is no other."""
+    score = evaluation["score"]
+    if score is None or steps == 0 or (score["best"] is None and score["step"] in (None, steps)):
+        evaluation["score"] = None
+    elif score["best"] is None:
+        score["mode"] = None
+    elif score["mode"] in ("auto", None):
+        score["mode"] = mode_of(score["best"])
 
 
 def _tokens(tokens: Values) -> None:

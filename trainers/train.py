@@ -8,9 +8,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from trainers import catalog, checkpoint, distributed, pretrained, vit, weights
 from trainers.config import TrialConfig, trial_id
-from trainers.data import fingerprint_of, open_data, open_evaluation_sets
+from trainers.data import facts_of, fingerprint_of, open_data, open_evaluation_sets
 from trainers.dotted import load
 from trainers.evaluate import Evaluation
 from trainers.loader import CAPTIONS, TARGETS, Order, Reader, Shares, batches
 from trainers.measurement import Subject
 from trainers.methods import Method
+from trainers.scoring import SCORE_STEP, Scoring
 from trainers.step import Stepper
 from trainers.streams import Streams
 from trainers.tokens import statistics as token_statistics
@@ -51,6 +52,8 @@ class Result:
         steps: optimiser steps done; of a diverged run the last one whose loss was known to be finite.
         images_per_second: of training alone, evaluation left out; null before the second log point.
         data_fingerprint: of the data set, and of those that only probes run on.
+        data_sets: each of them, the one that is trained on first: `name`, `fingerprint`, `use` (training, evaluation)
+            and `images`, how many each split has.
     """
 
     status: str
@@ -59,6 +62,7 @@ class Result:
     device: str
     data_fingerprint: str
     error: Mapping[str, str] | None = None
+    data_sets: Sequence[Mapping[str, Any]] = ()
 
 
 def train(
@@ -118,6 +122,8 @@ class _Training:
             self.method = self._build_method().to(device)
         self._make_fast(cache)
         self.stepper = Stepper(config, self.method, self.streams, device)
+        rule = config.evaluation.score
+        self.scoring = None if rule is None else Scoring(rule, self.method, self.stepper.ema)
         self.others = open_evaluation_sets(config, cache)
         self.evaluation = Evaluation(
             config, self.data, self.streams, device, method=self.method, others=self.others, scratch=directory
@@ -176,6 +182,8 @@ class _Training:
                 return self._result(reason)
             self.stepper(list(shares.parts(batch)), self.step)
             self.step += 1
+            if self.scoring is not None and distributed.rank() == 0:
+                self.scoring.after_step(self.step)
             self._images += config.optim.batch_size
             if self.step % _COLLECT_EVERY == 0:
                 gc.collect()
@@ -188,7 +196,7 @@ class _Training:
                 return self.diverged(f"{bad} between steps {self._last_good} and {self.step}")
             self._last_good = self.step
             self._seconds += time.monotonic() - looked
-            if self.step in evaluate_at and self.step < steps:
+            if self.step in evaluate_at and (self.step < steps or self.scoring is not None):
                 metrics |= self._evaluate()
             self._record(report, metrics)
             self._save_if_due(ask=True)
@@ -213,10 +221,11 @@ class _Training:
             self._save()
             self._saved = time.monotonic()
 
-    def _record(self, report: Report, metrics: dict[str, float]) -> None:
-        self.history.append((self.step, metrics))
+    def _record(self, report: Report, metrics: dict[str, float], step: int | None = None) -> None:
+        step = self.step if step is None else step
+        self.history.append((step, metrics))
         if distributed.rank() == 0:
-            report(self.step, metrics)
+            report(step, metrics)
 
     def _evaluate(self, splits: tuple[str, ...] = ("validation",)) -> dict[str, float]:
         """Probes on `splits` and token norms of all weights, at the current step; done by the first rank."""
@@ -224,7 +233,9 @@ class _Training:
         if stream is not None:
             stream.reduce_to_first()
         with distributed.together() as on_first:
-            metrics = self._measure(splits) if on_first else {}
+            metrics = self._measure(splits, self.step) if on_first else {}
+            if on_first and self.scoring is not None:
+                self.scoring.after_evaluation(self.step, metrics)
         if stream is not None:
             drained = stream.drain(trial_id=trial_id(self.config), step=self.step, weights="raw")
             self.rows += drained if distributed.rank() == 0 else []
@@ -232,7 +243,23 @@ class _Training:
         distributed.barrier()
         return metrics
 
-    def _measure(self, splits: tuple[str, ...]) -> dict[str, float]:
+    def _score(self, scoring: Scoring, report: Report) -> None:
+        """Goes back to the weights of the scoring step and evaluates them on both sets.
+
+        What was reported of that step stays: the values by which it was chosen.
+        """
+        step, new = self.step, dict[str, float]()
+        with distributed.together() as on_first:
+            if on_first:
+                step = scoring.restore()
+                self.rows = [row for row in self.rows if row.step != step or row.source != "probe"]
+                self.statistics = [row for row in self.statistics if row.step != step]
+                known = {name for at, metrics in self.history if at == step for name in metrics}
+                metrics = self._measure(("validation", "test"), step)
+                new = {name: value for name, value in metrics.items() if name not in known}
+        self._record(report, {**new, SCORE_STEP: float(step)}, step)
+
+    def _measure(self, splits: tuple[str, ...], step: int) -> dict[str, float]:
         entry = catalog.METHODS.get(self.config.method)
         name, trains = ("raw", True) if entry is None else (entry.weights, entry.trains)
         evaluated, ema = self.method.evaluated(), self.stepper.ema
@@ -240,30 +267,34 @@ class _Training:
         fitted = self.evaluation.probes.fit(evaluated, at_end=at_end)
         metrics = self.evaluation.score(evaluated, fitted, splits)
         known = (fitted, metrics) if at_end else (None, None)
-        subject = self.evaluation.subject(evaluated, self.step, at_end=at_end, fitted=known[0], scores=known[1])
+        subject = self.evaluation.subject(evaluated, step, at_end=at_end, fitted=known[0], scores=known[1])
         self.subject = subject
         if at_end:
             self.evaluation.keep_outliers(subject)
         rows = self.evaluation.token_rows(subject, name)
         self.rows += rows
         if name != "raw":
-            self.rows += self.evaluation.token_rows(self.evaluation.subject(self.backbone, self.step), "raw")
+            self.rows += self.evaluation.token_rows(self.evaluation.subject(self.backbone, step), "raw")
         if ema is not None and name != "ema":
-            self.rows += self.evaluation.token_rows(self.evaluation.subject(ema.module, self.step), "ema")
+            self.rows += self.evaluation.token_rows(self.evaluation.subject(ema.module, step), "ema")
         findings = self.evaluation.measure(subject, name, self.directory, at_end=at_end)
         self.statistics += findings.statistics
-        onset = onset_step([row for row in self.rows if row.weights == name]) if at_end and trains else {}
+        so_far = [row for row in self.rows if row.weights == name and row.step <= step]
+        onset = onset_step(so_far) if at_end and trains else {}
         return {**last_layer_metrics(rows), **metrics, **findings.metrics, **onset}
 
     def _finish(self, report: Report) -> None:
         """The last evaluation, the only look at the test set, and the files of the trial."""
         if self.step == 0 and self.config.model.weights is None:  # nothing was trained, so nothing has been saved
             self._save()
-        self._record(report, self._evaluate(("validation", "test")))
+        if self.scoring is not None:
+            self._score(self.scoring, report)
+        else:
+            self._record(report, self._evaluate(("validation", "test")))
         if distributed.rank() == 0:
             assert self.subject is not None
             self.evaluation.write_norm_map(self.subject, self.directory)
-            self.evaluation.write_probes(self.history, self.directory)
+            self.evaluation.write_probes(sorted(self.history, key=lambda entry: entry[0]), self.directory)
             self.evaluation.write_per_image(self.directory)
             self._write_tokens()
         distributed.barrier()
@@ -274,17 +305,22 @@ class _Training:
         if distributed.rank() == 0:
             self._write_tokens()
         error = {"type": "Diverged", "message": message, "traceback": ""}
-        return Result("diverged", self._last_good, self._speed(), self.device.type, self._fingerprint(), error)
+        return replace(self._result("diverged"), steps=self._last_good, error=error)
 
     def _write_tokens(self) -> None:
         token_table.write(self.rows, self.directory / "token_norms.parquet")
         token_statistics.write(self.statistics, self.directory / "token_statistics.parquet")
 
     def _result(self, status: str) -> Result:
-        return Result(status, self.step, self._speed(), self.device.type, self._fingerprint())
+        own = self._fingerprint()
+        return Result(status, self.step, self._speed(), self.device.type, own, data_sets=self._data_sets())
 
     def _fingerprint(self) -> str:
         return fingerprint_of(self.data.fingerprint, {name: data.fingerprint for name, data in self.others.items()})
+
+    def _data_sets(self) -> tuple[dict[str, Any], ...]:
+        others = (facts_of(self.others[name], "evaluation") for name in sorted(self.others))
+        return (facts_of(self.data, "training"), *others)
 
     def _speed(self) -> float | None:
         return self._images / self._seconds if self._seconds else None
@@ -300,6 +336,7 @@ class _Training:
             "history": self.history,
             "rows": _to_tensor(token_table.to_table(self.rows)),
             "statistics": _to_tensor(token_statistics.to_table(self.statistics)),
+            "scoring": None if self.scoring is None else self.scoring.state_dict(),
             **self.stepper.state_dict(),
         }
         execution = self.config.execution
@@ -329,6 +366,8 @@ class _Training:
             self.rows = token_table.from_table(_from_tensor(state["rows"]))
             if "statistics" in state:  # older checkpoints have none
                 self.statistics = token_statistics.from_table(_from_tensor(state["statistics"]))
+            if self.scoring is not None:
+                self.scoring.load_state_dict(state["scoring"])
         log.info("resumed at step %d", self.step)
         if distributed.rank() == 0:
             for step, metrics in self.history:

@@ -1,4 +1,4 @@
-"""Pictures of norms at the end of trials: histograms, cells side by side, kinds of token, and any threshold."""
+"""Pictures of norms at the end of trials: histograms, cells side by side, and kinds of token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from matplotlib.ticker import FixedFormatter, FixedLocator
 
 from analysis.figures.style import (
     BLUE,
-    COLOURS,
     GREEN,
     MOST_PANELS,
     ORANGE,
@@ -54,15 +53,6 @@ class Norms:
     histogram: Histogram
     peaks: Sequence[float] = ()
     thresholds: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """The fraction of patches above each τ/median, [n] for every seed of one cell, and how many patches a seed has."""
-
-    label: str
-    fractions: Sequence[Floats]
-    patches: int
 
 
 def norm_histogram(cells: Sequence[Norms]) -> Drawn:
@@ -230,69 +220,3 @@ def _draw_kinds(axes: Axes, kinds: Sequence[Norms], quantiles: Floats) -> None:
     axes.set_xlim(-0.6, len(kinds) - 0.4)
     axes.xaxis.set_major_locator(FixedLocator(named))
     axes.xaxis.set_major_formatter(FixedFormatter([kinds[i].label for i in named]))
-
-
-def above_every_threshold(
-    series: Mapping[str, Sequence[Shares]], ratios: Floats, frozen: Mapping[str, float | None]
-) -> Drawn:
-    """The fraction of patches above τ/median for every τ, a line a cell with the range over seeds.
-
-    Args:
-        series: cells by series.
-        ratios: τ/median, [n], rising.
-        frozen: the threshold of each series' baseline, where there is one.
-    """
-    drawn = dict(list(series.items())[:MOST_PANELS])
-    lowest = 0.5 / max(cell.patches for cells in drawn.values() for cell in cells)
-    occupied = max(int((np.max(cell.fractions, axis=0) > 0).sum()) for cells in drawn.values() for cell in cells)
-    end = min(max(occupied, 20), len(ratios) - 1)
-    alone = len(drawn) == 1
-    labels = list(dict.fromkeys(cell.label for cells in drawn.values() for cell in cells))[: len(COLOURS)]
-    with styled():
-        figure, grid = panels(
-            list(drawn),
-            "threshold τ / median norm of the trial's patches",
-            "fraction of patches above τ",
-            size=(4.6, 2.6) if alone else (2.35, 1.7),
-            legend=[*labels, "frozen from the baseline"],
-        )
-        for axes, (name, cells) in zip(grid, drawn.items(), strict=True):
-            for cell in (cell for cell in cells if cell.label in labels):
-                _draw_shares(axes, cell, ratios, COLOURS[labels.index(cell.label)], lowest)
-            ratio = frozen.get(name)
-            if ratio is not None:
-                axes.axvline(ratio, linewidth=1, label="frozen from the baseline", color="#555555", linestyle="--")
-        log_x(grid[0], 1.0, float(ratios[end]))
-        log_y(grid[0], lowest, 1.0)
-        legend(figure, grid)
-        png_svg = render(figure)
-    caption = (
-        "Patches of the last layer on the probe images at the last step whose norm exceeds τ, for any τ as a multiple "
-        "of the median of the trial's own patches. Lines are means over seeds, bands go from the lowest seed to the "
-        "highest; a line on the lower edge is zero. Where lines keep their order, the choice of a threshold does not "
-        "decide the comparison."
-    )
-    at = [ratio for ratio in (1.5, 2.0, 3.0) if ratio <= ratios[end]]
-    words = "; ".join(
-        f"{name + ', ' if name else ''}{cell.label}: "
-        + ", ".join(f"{100 * float(np.interp(r, ratios, np.mean(cell.fractions, axis=0))):.3g} %" for r in at)
-        for name, cells in drawn.items()
-        for cell in cells[: len(COLOURS)]
-    )
-    alternative = f"Fraction of patches above {', '.join(f'{r:g}' for r in at)} medians. {words}."
-    return Drawn(
-        "outliers_by_threshold",
-        "Fraction of patches above any threshold",
-        caption + shown(series, "series"),
-        alternative,
-        *png_svg,
-        GROUP,
-    )
-
-
-def _draw_shares(axes: Axes, cell: Shares, ratios: Floats, colour: str, lowest: float) -> None:
-    fractions = np.maximum(np.stack(cell.fractions), lowest)
-    if len(fractions) > 1:
-        axes.fill_between(ratios, fractions.min(axis=0), fractions.max(axis=0), color=colour, alpha=0.22, linewidth=0)
-    mean = np.maximum(np.mean(cell.fractions, axis=0), lowest)
-    axes.plot(ratios, mean, color=colour, linewidth=1.5, label=cell.label)

@@ -1,4 +1,4 @@
-"""Pictures of scores: a metric against an axis, and the training loss against steps."""
+"""Pictures of scores: a metric against an axis, and several metrics side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from analysis.figures.style import (
     COLOURS,
     MARKERS,
-    MOST_PANELS,
     Drawn,
     legend,
     name_places,
@@ -19,7 +18,6 @@ from analysis.figures.style import (
     render,
     sentence,
     shown,
-    steps_axis,
     styled,
 )
 from analysis.labels import Unit, metric_label, unit, value_text
@@ -35,15 +33,6 @@ class Point:
     value: float
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A metric of one trial along its training: `label` says which cell of its panel it belongs to."""
-
-    label: str
-    steps: Sequence[int]
-    values: Sequence[float]
-
-
 def against_axis(name: str, metric: str, points: Sequence[Point], xs: Sequence[Any], x_label: str) -> Drawn:
     """A metric against an axis: the seeds as small points joined where they are paired, their mean as a line.
 
@@ -51,10 +40,9 @@ def against_axis(name: str, metric: str, points: Sequence[Point], xs: Sequence[A
     """
     kind = unit(metric)
     series = list(dict.fromkeys(point.series for point in points))
-    y_label = metric_label(metric) + (f", {kind.symbol}" if kind.symbol else "")
     with styled():
         named = series[: len(COLOURS)] if len(series) > 1 else []
-        figure, (axes,) = panels([""], x_label, y_label, size=(4.6, 2.9), legend=named)
+        figure, (axes,) = panels([""], x_label, _with_unit(metric), size=(4.6, 2.9), legend=named)
         for index, label in enumerate(series[: len(COLOURS)]):
             _draw_series(axes, [p for p in points if p.series == label], xs, kind, index, len(series))
         name_places(axes, [value_text(x) for x in xs], 4.6)
@@ -74,41 +62,44 @@ def against_axis(name: str, metric: str, points: Sequence[Point], xs: Sequence[A
     )
 
 
-def training_curves(curves_by_panel: Mapping[str, Sequence[Curve]]) -> Drawn:
-    """The training loss against steps, one panel a series, since losses of different methods have their own scales."""
-    drawn_panels = dict(list(curves_by_panel.items())[:MOST_PANELS])
-    labels = list(dict.fromkeys(curve.label for curves in drawn_panels.values() for curve in curves))[: len(COLOURS)]
-    alone = len(drawn_panels) == 1
+def downstream(by_metric: Mapping[str, Sequence[Point]], xs: Sequence[Any], x_label: str) -> Drawn:
+    """Several metrics against the number of registers, one panel a metric (the paper's Fig. 8)."""
+    every = list(dict.fromkeys(point.series for points in by_metric.values() for point in points))
+    series = every[: len(COLOURS)]
+    named = series if len(series) > 1 else []
     with styled():
         figure, grid = panels(
-            list(drawn_panels),
-            "step",
-            "training loss",
-            size=(4.6, 2.6) if alone else (2.2, 1.6),
-            legend=labels if len(labels) > 1 else (),
+            [_with_unit(metric) for metric in by_metric],
+            x_label,
+            "",
+            size=(2.7, 1.8),
+            legend=named,
             shared_y=False,
+            left=0.56,
         )
-        for axes, curves in zip(grid, drawn_panels.values(), strict=True):
-            steps_axis(axes)
-            for curve in (c for c in curves if c.label in labels):
-                colour = COLOURS[labels.index(curve.label)]
-                axes.plot(curve.steps, curve.values, color=colour, linewidth=0.9, alpha=0.8, label=curve.label or None)
-        if len(labels) > 1:
+        for axes, (metric, points) in zip(grid, by_metric.items(), strict=True):
+            for index, label in enumerate(series):
+                if own := [point for point in points if point.series == label]:
+                    _draw_series(axes, own, xs, unit(metric), index, len(series))
+        name_places(grid[0], [value_text(x) for x in xs], 2.7)
+        grid[0].set_xlim(-0.4, len(xs) - 0.6)
+        if named:
             legend(figure, grid)
-        drawn = render(figure)
-    caption = "Mean loss since the point before, one line a trial. Losses of different methods cannot be compared."
-    ends = [f"{t or 'all'}: from {_mean_end(c, 0):.4g} to {_mean_end(c, -1):.4g}" for t, c in drawn_panels.items()]
-    return Drawn(
-        "train_loss",
-        "Training loss",
-        caption + shown(curves_by_panel, "panels"),
-        f"Mean training loss over trials, first and last point. {'; '.join(ends)}.",
-        *drawn,
+        png_svg = render(figure)
+    caption = (
+        "Scores on test images; small points are seeds, joined by seed, large points are means (as the paper's Fig. 8)."
     )
+    words = " ".join(
+        f"{sentence(_with_unit(metric))}. {_in_words(points, series, xs, unit(metric))}"
+        for metric, points in by_metric.items()
+    )
+    title = f"Downstream scores against {x_label}"
+    return Drawn("downstream", title, caption + shown(every, "series", len(COLOURS)), words, *png_svg)
 
 
-def _mean_end(curves: Sequence[Curve], end: int) -> float:
-    return sum(curve.values[end] for curve in curves) / len(curves)
+def _with_unit(metric: str) -> str:
+    symbol = unit(metric).symbol
+    return metric_label(metric) + (f", {symbol}" if symbol else "")
 
 
 def _draw_series(axes: Axes, points: Sequence[Point], xs: Sequence[Any], kind: Unit, index: int, count: int) -> None:

@@ -88,7 +88,7 @@ def render(figure: Figure) -> tuple[bytes, bytes]:
 
 def panels(
     titles: Sequence[str],
-    x_label: str,
+    x_label: str | Sequence[str],
     y_label: str,
     *,
     size: tuple[float, float] = (2.35, 1.6),
@@ -96,15 +96,17 @@ def panels(
     shared_x: bool = True,
     shared_y: bool = True,
     most_columns: int = 3,
+    left: float = 0.78,
 ) -> tuple[Figure, list[Axes]]:
     """A figure with a panel for each title, at most `most_columns` in a row.
 
     Args:
         titles: of the panels; long ones are broken into lines, no title is "".
-        x_label, y_label: of all panels.
+        x_label, y_label: of all panels; each panel has its own x label where these are several.
         size: of a panel's inner area in inches; a panel alone is larger.
         legend: labels of the legend, for which room is left above all panels.
         shared_x, shared_y: whether all panels share this axis; then only those at the edge have numbers.
+        left: inches left of all panels.
     """
     if len(titles) == 1:
         size = (max(size[0], 3.9), max(size[1], 2.3))
@@ -112,8 +114,9 @@ def panels(
     rows = math.ceil(len(titles) / columns)
     wrapped = [wrap(title, size[0]) for title in titles]
     over = _LINE * max(text.count("\n") + bool(text) for text in wrapped) + 0.09  # each row's titles
-    left, right, bottom = 0.78, 0.14, 0.48
-    beside, above = 0.26 if shared_y else 0.5, 0.1 if shared_x else 0.26
+    right, bottom = 0.14, 0.48
+    own = [] if isinstance(x_label, str) else [wrap(text, size[0], most_lines=1) for text in x_label]
+    beside, above = 0.26 if shared_y else 0.56, 0.48 if own else 0.1 if shared_x else 0.26
     width = left + columns * size[0] + (columns - 1) * beside + right
     top = _LINE * math.ceil(len(legend) / _legend_columns(legend, width)) + 0.1 if legend else 0.0
     height = bottom + rows * (size[1] + over) + (rows - 1) * above + top
@@ -130,10 +133,19 @@ def panels(
         low, first_in_row = not shared_x or index + columns >= len(titles), not shared_y or column == 0
         one.tick_params(bottom=low, labelbottom=low, left=first_in_row, labelleft=first_in_row)
         axes.append(one)
-    figure.text((left + (width - right)) / 2 / width, 0.07 / height, x_label, ha="center", va="bottom")
+        if own:
+            _below(figure, own[index], x + size[0] / 2, y - bottom)
+    if isinstance(x_label, str):
+        _below(figure, x_label, (left + width - right) / 2, 0.0)
     label = wrap(y_label, height - top - 0.1)
     figure.text(0.06 / width, (bottom + height - top) / 2 / height, label, ha="left", va="center", rotation=90)
     return figure, axes
+
+
+def _below(figure: Figure, label: str, x: float, y: float) -> None:
+    """A label of x axes centred at `x`, over `y`, both in inches."""
+    width, height = figure.get_size_inches()
+    figure.text(x / width, (y + 0.07) / height, label, ha="center", va="bottom")
 
 
 def fix(axes: Axes, title: str = "") -> None:
@@ -220,8 +232,12 @@ def _log_ticks(axis: Axis, low: float, high: float) -> None:
     if len(ticks) < 2:
         ticks = [low, high]
     axis.set_major_locator(FixedLocator(ticks))
-    axis.set_major_formatter(FixedFormatter([f"{tick:.3g}".replace("e-0", "e−") for tick in ticks]))
+    axis.set_major_formatter(FixedFormatter([_tick(tick) for tick in ticks]))
     axis.set_minor_locator(NullLocator())
+
+
+def _tick(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= value < 1e5 else f"{value:.3g}".replace("e-0", "e−").replace("e+0", "e")
 
 
 def shown(things: Sequence[Any] | Mapping[str, Any], noun: str, most: int = MOST_PANELS) -> str:

@@ -203,7 +203,8 @@ def test_the_ablation_has_all_and_what_is_shown_has_no_curve(tmp_path: Path) -> 
         f"{TEST}common_bias/corloc",
         f"{TEST}corloc",
     ]
-    page = render(evaluate(frames), draw(frames, scores).drawn, ())
+    results = evaluate(frames)
+    page = render(results, draw(results).drawn, ())
     assert "CorLoc (common bias, LOST, test)" in page and "bias −1.0" not in page
     assert ablation_table(frames.plan, table.to_pylist(), [REGISTERS]).row_count == 2
 
@@ -219,7 +220,7 @@ def test_the_picture_of_curves(tmp_path: Path) -> None:
     for one in trials:
         one.scores |= curve(f"{TEST}voc2012/", {-300.0: 0.3, 0.0: 0.2})
     frames = collect(publish(tmp_path / "s", trials, baseline=BASELINE))
-    drawn = {one.name: one for one in draw(frames, last_scores(frames)).drawn if one.group == "Object discovery"}
+    drawn = {one.name: one for one in draw(evaluate(frames)).drawn if one.group == "Object discovery"}
     assert list(drawn) == ["corloc_by_bias", "corloc_by_bias_voc2012"]
     first = drawn["corloc_by_bias"]
     assert "nan" not in first.svg.decode().lower()
@@ -239,7 +240,7 @@ def test_the_picture_of_curves(tmp_path: Path) -> None:
 def test_no_picture_without_curves(tmp_path: Path) -> None:
     trials = [Trial({REGISTERS: count}, 0, {"test/linear/top1": 0.5}) for count in (0, 4)]
     frames = collect(publish(tmp_path / "s", trials, baseline=BASELINE))
-    assert not [one for one in draw(frames, last_scores(frames)).drawn if one.group == "Object discovery"]
+    assert not [one for one in draw(evaluate(frames)).drawn if one.group == "Object discovery"]
     assert common(frames, last_scores(frames)) == {}
     assert arrange(frames).axis == REGISTERS
 

@@ -13,13 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from analysis.collect import collect
-from analysis.figures import bands, distributions, maps, metrics, neighbors, sheet, style
+from analysis.figures import maps, sheet, style
 from analysis.figures.maps import AttentionMaps, NormMap
-from analysis.figures.style import Drawn
-from analysis.pictures import Pictures, draw
+from analysis.pictures import Pictures
 from analysis.schemas import TOKEN_NORMS
-from analysis.scores import last_scores
+from tests.analysis.drawing import leave_out_rendering, named, pictures_of
 from tests.analysis.fabricated import (
     GRID,
     OUTLIERS,
@@ -36,20 +34,9 @@ from tests.analysis.fabricated import (
 BASELINE = {REGISTERS: 0}
 
 
-def pictures_of(folder: Path) -> Pictures:
-    frames = collect(folder)
-    return draw(frames, last_scores(frames))
-
-
-def named(pictures: Pictures) -> dict[str, Drawn]:
-    return {drawn.name: drawn for drawn in pictures.drawn}
-
-
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out what takes nearly all of the time, where a test asks for words alone."""
-    for module in (bands, distributions, metrics, neighbors, sheet):
-        monkeypatch.setattr(module, "render", lambda figure: (b"", b""))
+    leave_out_rendering(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +57,14 @@ def test_all_pictures_are_drawn_and_say_what_they_show(whole: Pictures) -> None:
         with Image.open(io.BytesIO(drawn.png)) as image:
             assert min(image.size) > 150
     assert groups == {
-        "Scores and training": ["outlier_fraction", "top1", "train_loss"],
+        "Scores and training": ["differences", "outlier_fraction", "top1", "learning_curves", "train_loss"],
         "Norms of tokens": [
             *("norm_histogram", "norms_by_layer", "norms_by_step", "norms_by_kind", "norms_by_cell"),
             "outliers_by_threshold",
         ],
         "Where outliers are": ["norm_map", "position_map", "neighbor_similarity"],
         "Attention": ["attention", "attention_registers", "attention_average"],
+        "Cost": ["cost_test_linear_top1", "cost_tokens_last_outlier_fraction"],
     }
 
 
@@ -301,6 +289,7 @@ def test_long_texts_are_cut_where_they_say_least() -> None:
         (0.9, 2.2, ["1", "1.5", "2"]),
         (20.5, 21.0, ["20.5", "21"]),
         (7.0, 7.1, ["7", "7.1"]),
+        (9.0, 1.2e6, ["100", "10000", "1e6"]),
     ],
 )
 def test_logarithmic_axes_have_readable_ticks(low: float, high: float, ticks: list[str]) -> None:
@@ -308,3 +297,22 @@ def test_logarithmic_axes_have_readable_ticks(low: float, high: float, ticks: li
         _, (axes,) = style.panels([""], "x", "y")
         style.log_y(axes, low, high)
         assert [label.get_text() for label in axes.get_yticklabels()] == ticks
+
+
+def test_the_order_of_trials_and_files_changes_no_byte(tmp_path: Path) -> None:
+    trials = registers_sweep(counts=(0, 4), seeds=(0, 1), details=True)
+    for trial in trials:
+        trial.scores["val/linear/top1"] = trial.scores[TOP1]
+    one = named(pictures_of(publish(tmp_path / "a" / "s", trials, baseline=BASELINE)))
+    other = named(pictures_of(publish(tmp_path / "b" / "s", trials[::-1], written=(2, 0, 3, 1), baseline=BASELINE)))
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_panels_can_have_x_labels_of_their_own() -> None:
+    with style.styled():
+        figure, grid = style.panels(["a", "b"], ["x of a", "x of b"], "y", shared_x=False)
+        texts = {text.get_text(): text.get_position() for text in figure.texts}
+    assert texts["x of a"][0] == pytest.approx(sum(grid[0].get_position().intervalx) / 2)
+    assert texts["x of b"][0] == pytest.approx(sum(grid[1].get_position().intervalx) / 2)
+    assert texts["x of a"][1] == texts["x of b"][1] < grid[0].get_position().y0

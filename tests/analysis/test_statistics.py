@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import statsmodels.api as sm
 from scipy import stats
 
-from analysis import statistics
+from analysis import dunnett, statistics
 
 
 def test_summary_by_hand() -> None:
@@ -97,23 +99,6 @@ def test_stein_says_as_paired_t_what_too_few_or_equal_pairs_lack() -> None:
     assert (equal.no_variance, equal.low, equal.high) == (True, 0.5, 0.5)
 
 
-def test_holm_by_hand() -> None:
-    # Sorted: .01, .02, .03, .04, times 4, 3, 2, 1 = .04, .06, .06, .04; made monotone: .04, .06, .06, .06.
-    assert statistics.holm([0.04, None, 0.01, 0.03, 0.02]) == pytest.approx([0.06, None, 0.04, 0.06, 0.06], abs=1e-12)
-    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
-    assert statistics.holm([None]) == [None]
-    assert statistics.holm([]) == []
-
-
-@pytest.mark.parametrize(
-    ("comparisons", "freedom", "critical"),
-    # Two-sided 5 % points of Dunnett's table; one comparison is Student's t.
-    [(2, 10, 2.57), (5, 10, 2.99), (3, 20, 2.54), (9, 60, 2.77), (2, 5, 3.03), (1, 5, stats.t.ppf(0.975, 5))],
-)
-def test_dunnett_critical_values(comparisons: int, freedom: int, critical: float) -> None:
-    assert statistics.dunnett_critical(comparisons, freedom) == pytest.approx(critical, abs=0.006)
-
-
 def test_pooled_intervals_by_hand() -> None:
     # Two cells, three seeds: pooling is the paired t-test, whose numbers are known.
     cells = {"base": {0: 10.0, 1: 20.0, 2: 30.0}, "other": {0: 11.0, 1: 22.0, 2: 33.0}}
@@ -137,19 +122,139 @@ def covers_zero(difference: statistics.Difference) -> bool:
     return difference.low <= 0 <= difference.high
 
 
-def test_intervals_cover(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nominal 95 % over 1,500 null sweeps of 6 cells and 3 seeds: single for paired t, simultaneous for Dunnett."""
-    critical = statistics.dunnett_critical(5, 10)  # once, as it is the same for all draws
-    monkeypatch.setattr(statistics, "dunnett_critical", lambda *_: critical)
+def test_pooled_residuals_equal_those_of_least_squares() -> None:
+    """OLS with a dummy for every cell and seed (statsmodels): variance, degrees, differences, t and p."""
+    random = np.random.default_rng(1)
+    values = random.normal(size=(4, 5)) + random.normal(size=5) + np.array([[0.0], [1.0], [0.0], [2.0]])
+    cells = {name: dict(enumerate(row.tolist())) for name, row in enumerate(values)}
+    cell, seed = np.repeat(np.arange(4), 5), np.tile(np.arange(5), 4)
+    dummies = [np.ones(20), *(cell == c for c in (1, 2, 3)), *(seed == s for s in (1, 2, 3, 4))]
+    fit = sm.OLS(values.ravel(), np.column_stack(dummies).astype(float)).fit()
+    for name, found in statistics.pooled_dunnett(cells, 0).items():
+        assert found.freedom == fit.df_resid == 12
+        assert (found.delta, found.t) == (pytest.approx(fit.params[name]), pytest.approx(fit.tvalues[name]))
+        assert found.p_value == pytest.approx(fit.pvalues[name], rel=1e-9)
+        assert found.high is not None and found.delta is not None
+        assert found.high - found.delta == pytest.approx(dunnett.critical(3, 12, 0.95) * fit.bse[name])
+
+
+def grown(random: np.random.Generator, deviations: Sequence[float], seeds: int) -> dict[int, dict[int, float]]:
+    values = random.normal(size=(len(deviations), seeds)) * np.array(deviations)[:, None] + random.normal(size=seeds)
+    return {name: dict(enumerate(row.tolist())) for name, row in enumerate(values)}
+
+
+def test_cells_that_scatter_alike_are_pooled() -> None:
+    cells = grown(np.random.default_rng(0), [1.0] * 6, 5)
+    assert statistics.compare(cells, 0) == statistics.pooled_dunnett(cells, 0)
+
+
+def test_two_cells_are_paired() -> None:
+    cells = grown(np.random.default_rng(0), [1.0, 1.0], 5)
+    assert statistics.compare(cells, 0) == {1: statistics.paired_t(cells[1], cells[0])}
+    # A third one without a pair is no comparison that has to be paid for.
+    found = statistics.compare({**cells, 2: {9: 1.0}, 3: {0: 1.0}}, 0)
+    assert found[1] == statistics.paired_t(cells[1], cells[0])
+    assert (found[2].method, found[3].method) == (statistics.NO_PAIR, statistics.ONE_SEED)
+
+
+@pytest.mark.parametrize(
+    "deviations", [[30.0, 1.0, 1.0, 1.0], [1.0, 1.0, 30.0, 1.0], [1.0, 1.0, 1.0, 0.0]], ids=["base", "cell", "none"]
+)
+def test_unequal_variances_are_paired_at_bonferronis_level(deviations: list[float]) -> None:
+    cells = grown(np.random.default_rng(0), deviations, 5)
+    cells[3] = dict.fromkeys(range(5), 0.0) if deviations[3] == 0 else cells[3]
+    for name, found in statistics.compare(cells, 0).items():
+        reference = stats.ttest_rel(list(cells[name].values()), list(cells[0].values()))
+        interval = reference.confidence_interval(1 - 0.05 / 3)
+        assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+        assert (found.method, found.p_value) == ("paired_t_bonferroni", pytest.approx(reference.pvalue))
+
+
+def test_a_cell_equal_to_the_baseline_is_no_noise_to_pool() -> None:
+    cells = grown(np.random.default_rng(0), [1.0] * 4, 5)
+    found = statistics.compare({**cells, 3: dict(cells[0])}, 0)
+    assert found[3].no_variance and found[3].p_value is None
+    assert found[1].method == statistics.PAIRED_BONFERRONI
+
+
+def test_nothing_varies() -> None:
+    cells = {name: {0: 0.1 * name, 1: 0.1 * name + 0.2, 2: 0.1 * name + 0.7} for name in range(3)}
+    found = statistics.compare(cells, 0)
+    assert all(one.no_variance and one.low == one.delta == one.high for one in found.values())
+
+
+def test_a_lost_trial_costs_its_cell_that_seed_alone() -> None:
+    cells = grown(np.random.default_rng(7), [1.0] * 5, 5)
+    whole = statistics.compare(cells, 0)
+    lost = {name: {s: v for s, v in values.items() if (name, s) != (4, 2)} for name, values in cells.items()}
+    found = statistics.compare(lost, 0)
+    # The others are compared over 5 seeds, but without the fifth cell: 3 · 4 degrees; their intervals are still four.
+    assert [(one.n_paired, one.freedom) for one in found.values()] == [(5, 12)] * 3 + [(4, 12)]
+    assert {one.method for one in found.values()} == {"pooled_dunnett"}
+    over_four = {n: {s: v for s, v in values.items() if s != 2} for n, values in cells.items()}
+    assert found[4] == statistics.pooled_dunnett(over_four, 0)[4]
+    assert found[1].delta == whole[1].delta
+    without = {name: values for name, values in cells.items() if name != 4}
+    assert found[1].t == pytest.approx(statistics.pooled_dunnett(without, 0)[1].t)
+    # A baseline that lost one costs all cells that seed.
+    lost = {**cells, 0: {s: v for s, v in cells[0].items() if s != 2}}
+    assert statistics.compare(lost, 0) == statistics.pooled_dunnett(over_four, 0)
+
+
+def test_the_order_of_cells_and_seeds_changes_no_digit() -> None:
+    random = np.random.default_rng(4)
+    for deviations, method in (([1.0] * 9, "pooled_dunnett"), ([1.0, 0.1, 30.0, 1.0, 0.7], "paired_t_bonferroni")):
+        cells = grown(random, deviations, 4)
+        assert {found.method for found in statistics.compare(cells, 0).values()} == {method}
+        for _ in range(20):
+            order = random.permutation(len(cells)).tolist()
+            turned = {name: {s: cells[name][s] for s in random.permutation(4).tolist()} for name in order}
+            assert statistics.compare(turned, 0) == statistics.compare(cells, 0)
+
+
+def test_two_seeds_are_pooled_unless_one_cell_has_nearly_all_scatter() -> None:
+    # Scatter 0.045, 0.041, 0.017, 0.042, 0.182, 0.108: with one degree each, by chance (0.066 · 5 above 0.25).
+    values = [(0.4635, 0.5085), (0.4875, 0.5285), (0.511, 0.494), (0.497, 0.5395), (0.3145, 0.4965), (0.521, 0.4135)]
+    cells = {name: dict(enumerate(pair)) for name, pair in enumerate(values)}
+    assert {found.method for found in statistics.compare(cells, 0).values()} == {"pooled_dunnett"}
+    cells[4][0] = -20.0
+    assert {found.method for found in statistics.compare(cells, 0).values()} == {"paired_t_bonferroni"}
+
+
+def test_one_cells_share_of_the_squares_is_exact() -> None:
+    """Of equal variances, the baseline alone is found at its level 0.1 / 4 and one of 5 others at 0.5 / 4 or less."""
     random = np.random.default_rng(0)
-    single = simultaneous = 0
-    draws = 1_500
+    draws = 4_000
+    differ = 0
     for _ in range(draws):
-        values = random.normal(size=(6, 3)) + random.normal(size=3)
-        cells = {name: dict(enumerate(row)) for name, row in enumerate(values)}
-        paired = statistics.paired_t(cells[1], cells[0])
-        single += covers_zero(paired)
-        simultaneous += all(map(covers_zero, statistics.pooled_dunnett(cells, 0).values()))
-    # Four binomial standard errors at 95 % are 0.0225.
-    assert single / draws == pytest.approx(0.95, abs=0.0225)
-    assert simultaneous / draws == pytest.approx(0.95, abs=0.0225)
+        centred = random.normal(size=(6, 5)) + random.normal(size=5)
+        centred -= centred.mean(axis=1, keepdims=True)
+        differ += statistics.variances_differ(centred - centred.mean(axis=0))
+    # Five tests of which two seldom find something at once: between 1 - (1 - .025)^5 (1 - .025) and the sum.
+    assert 0.125 < differ / draws < 0.15 + 0.02
+
+
+@pytest.mark.parametrize(
+    ("deviations", "alone", "together"),
+    [([1.0] * 6, 0.975, 0.94), ([3.0, *[1.0] * 5], 0.93, 0.88), ([1.0, 0.7, 0.5, 0.3, 0.1, 0.01], 0.93, 0.89)],
+    ids=["equal", "baseline", "falling"],
+)
+def test_chosen_intervals_cover(deviations: list[float], alone: float, together: float) -> None:
+    """Nominal 95 % over 2,000 null sweeps of 6 cells and 3 seeds, with the variances that are hard to tell apart."""
+    random = np.random.default_rng(0)
+    covered = np.array(
+        [
+            [covers_zero(found) for found in statistics.compare(grown(random, deviations, 3), 0).values()]
+            for _ in range(2_000)
+        ]
+    )
+    error = 0.015  # three binomial standard errors, about
+    assert covered.mean(axis=0).min() >= alone - error
+    assert covered.all(axis=1).mean() >= together - error
+
+
+def test_paired_intervals_cover_at_their_level() -> None:
+    random = np.random.default_rng(0)
+    draws = 1_500
+    covered = sum(covers_zero(statistics.paired_t(*grown(random, [1.0, 2.0], 3).values())) for _ in range(draws))
+    assert covered / draws == pytest.approx(0.95, abs=0.0225)  # four binomial standard errors

@@ -6,13 +6,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
-from analysis import statistics
+from analysis import corrections, dunnett, statistics
+from analysis.answer import supported
 from analysis.cells import baseline_of, cells
 from analysis.collect import collect
 from analysis.schemas import ABLATION
+from analysis.scores import last_scores
 from analysis.tables import ablation
 from analysis.thresholds import METRIC as FROZEN
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
@@ -20,9 +26,9 @@ from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish,
 COUNTS = ("n", "n_missing", "n_failed", "n_diverged", "n_pruned", "n_stopped")
 
 
-def table_of(folder: Path, trials: list[Trial], interval: str = statistics.PAIRED_T, **plan: Any) -> pa.Table:
+def table_of(folder: Path, trials: list[Trial], **plan: Any) -> pa.Table:
     plan.setdefault("baseline", {REGISTERS: 0})
-    return ablation(collect(publish(folder, trials, **plan)), interval)
+    return ablation(collect(publish(folder, trials, **plan)))
 
 
 def row_of(table: pa.Table, metric: str = TOP1, **cell: Any) -> dict[str, Any]:
@@ -39,7 +45,7 @@ def test_columns_types_and_order(tmp_path: Path) -> None:
 
 
 def test_numbers_by_hand(tmp_path: Path) -> None:
-    row = row_of(table_of(tmp_path / "s", registers_sweep()), OUTLIERS, model__num_registers=1)
+    row = row_of(table_of(tmp_path / "s", registers_sweep(counts=(0, 1))), OUTLIERS, model__num_registers=1)
     # Cell .04, .0405, .0415; baseline .05, .051, .053; differences -.01, -.0105, -.0115: mean -.032/3.
     assert [row[name] for name in COUNTS] == [3, 0, 0, 0, 0, 0]
     assert row["mean"] == pytest.approx(0.122 / 3)
@@ -53,18 +59,106 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     assert (row["primary"], row["interval_method"], row["flags"]) == (True, "paired_t", [])
 
 
-def test_p_values_are_corrected_over_all_primary_rows_only(tmp_path: Path) -> None:
-    trials = registers_sweep()
+def test_outliers_that_scatter_in_the_baseline_alone_are_paired_for_all_cells_at_once(tmp_path: Path) -> None:
+    outliers = {0: (0.05, 0.058, 0.041), 1: (0.01, 0.0101, 0.0102), 4: (0.0, 0.0, 0.0)}
+    trials = [
+        Trial({REGISTERS: r}, s, {OUTLIERS: value}) for r, cell in outliers.items() for s, value in enumerate(cell)
+    ]
+    table = table_of(tmp_path / "s", trials, primary=[OUTLIERS])
+    row = row_of(table, OUTLIERS, model__num_registers=4)
+    reach = 6.205347 * statistics.summarise(outliers[0]).std / math.sqrt(3)  # t(1 - 0.05 / 2 / 2, 2)
+    assert row["interval_method"] == "paired_t_bonferroni"
+    assert row["delta_low"] == pytest.approx(-0.149 / 3 - reach, rel=1e-6)
+    rows = [row_of(table, OUTLIERS, model__num_registers=r) for r in (1, 4)]
+    assert [row["p_adjusted"] for row in rows] == corrections.holm([row["p_value"] for row in rows])
+
+
+def noisy(counts: tuple[int, ...] = (0, 1, 2, 4)) -> list[Trial]:
+    """Five seeds: top-1 scatters alike in all cells, an exploratory metric and points of a curve somehow."""
+    random = np.random.default_rng(0)
+    trials = [Trial({REGISTERS: r}, s, {TOP1: 0.7 + 0.01 * float(random.normal())}) for r in counts for s in range(5)]
     for number, trial in enumerate(trials):
+        trial.scores[OUTLIERS] = 0.05 if trial.cell[REGISTERS] == 0 else 0.02 + 0.001 * number
         trial.scores["val/knn/top1"] = 0.5 + 0.01 * (number * number % 7)
-    rows = table_of(tmp_path / "s", trials).to_pylist()
+        trial.scores["val/object_discovery/bias_0.5/corloc"] = 0.2 + 0.01 * (number * number % 11)
+    return trials
+
+
+def test_primary_p_values_are_corrected_over_one_family(tmp_path: Path) -> None:
+    rows = table_of(tmp_path / "s", noisy()).to_pylist()
     primary = [row for row in rows if row["primary"] and row["p_value"] is not None]
-    assert len(primary) == 5  # 3 cells × 2 metrics less one without variance
-    smallest = min(primary, key=lambda row: row["p_value"])
-    assert smallest["p_adjusted"] == pytest.approx(5 * smallest["p_value"])
+    top1, outliers = ([row for row in primary if row["metric"] == metric] for metric in (TOP1, OUTLIERS))
+    assert {row["interval_method"] for row in top1} == {"pooled_dunnett"}
+    assert {row["interval_method"] for row in outliers} == {"paired_t_bonferroni"}  # a baseline without scatter
+    assert len(top1) == len(outliers) == 3
+    # Holm within the metric, and over both, as some cells of the other one do not differ.
+    smallest = min(outliers, key=lambda row: row["p_value"])
+    assert smallest["p_adjusted"] == pytest.approx(2 * 3 * smallest["p_value"])
+    least = min(top1, key=lambda row: row["p_value"])
+    t = float(stats.t.isf(least["p_value"] / 2, 12))
+    # All of the outliers' p-values are smaller, so that they no longer count.
+    assert least["p_adjusted"] == pytest.approx(dunnett.p_value(t, 3, 12), rel=1e-6)
+    assert max(row["p_adjusted"] for row in outliers) < least["p_adjusted"] / 2
+
+
+def test_all_other_metrics_are_corrected_among_themselves(tmp_path: Path) -> None:
+    rows = table_of(tmp_path / "s", noisy()).to_pylist()
     exploratory = [row for row in rows if not row["primary"] and row["p_value"] is not None]
-    assert len(exploratory) == 3
-    assert all(row["p_adjusted"] is None for row in rows if not row["primary"] or row["p_value"] is None)
+    curve = [row for row in exploratory if row["metric"].endswith("/corloc")]
+    others = [row for row in exploratory if not row["metric"].endswith("/corloc")]
+    assert {row["metric"] for row in others} >= {"val/knn/top1"}
+    assert len(curve) == 6 and {row["metric"].split("/")[-2] for row in curve} == {"bias_0.5", "common_bias"}
+    points = [row for row in curve if "bias_0.5" in row["metric"]]
+    tested = [row for row in exploratory if row not in points]
+    expected = multipletests([row["p_value"] for row in tested], method="fdr_bh")[1]
+    assert [row["p_adjusted"] for row in tested] == pytest.approx(expected)
+    assert all(row["p_adjusted"] is None for row in points)
+    assert all(row["p_adjusted"] is None for row in rows if row["p_value"] is None)
+    assert not any(supported({**row, "p_adjusted": 0.0, "delta_low": 1.0}) for row in exploratory)
+
+
+def test_every_baseline_has_a_variance_of_its_own(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    scale = {"deit3": 1.0, "dino": 100.0}
+    trials = [
+        Trial({"method": method, REGISTERS: r}, s, {TOP1: sd * float(random.normal())})
+        for method, sd in scale.items()
+        for r in (0, 1, 2, 4)
+        for s in range(5)
+    ]
+    table = table_of(tmp_path / "s", trials, primary=[TOP1])
+    for method in scale:
+        cells_ = {
+            t.cell[REGISTERS]: {u.seed: u.scores[TOP1] for u in trials if u.cell == t.cell}
+            for t in trials
+            if t.cell["method"] == method
+        }
+        expected = statistics.pooled_dunnett(cells_, 0)[2]
+        row = row_of(table, method=method, model__num_registers=2)
+        assert (row["delta_low"], row["delta_high"]) == (pytest.approx(expected.low), pytest.approx(expected.high))
+
+
+def test_the_order_of_plan_and_input_changes_no_byte(tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    trials = noisy()
+    trials[5].status = "failed"
+    (tmp_path / "first").mkdir()
+    expected = collect(publish(tmp_path / "first" / "s", trials, baseline={REGISTERS: 0}))
+    sink = pa.BufferOutputStream()
+    pq.write_table(ablation(expected), sink)
+    for number in range(3):
+        order = random.permutation(len(trials)).tolist()
+        (tmp_path / str(number)).mkdir()
+        written = random.permutation(len(trials)).tolist()
+        folder = publish(
+            tmp_path / str(number) / "s", [trials[i] for i in order], baseline={REGISTERS: 0}, written=written
+        )
+        scores = last_scores(collect(folder))
+        turned = {metric: dict(reversed(list(by_trial.items()))) for metric, by_trial in reversed(list(scores.items()))}
+        for table in (ablation(collect(folder)), ablation(collect(folder), scores=turned)):
+            again = pa.BufferOutputStream()
+            pq.write_table(table, again)
+            assert again.getvalue().equals(sink.getvalue())
 
 
 def test_failed_diverged_and_missing_trials_count_but_do_not_score(tmp_path: Path) -> None:
@@ -125,8 +219,6 @@ def test_rows_with_more_seeds_than_the_first_are_adaptive_and_have_steins_interv
     plain = row_of(table, model__num_registers=2)
     assert (plain["n_paired"], plain["interval_method"], plain["flags"]) == (3, "stein two-stage t", [])
     assert row_of(table, model__num_registers=0)["flags"] == ["adaptive", "baseline"]
-    pooled = table_of(tmp_path / "p", trials, statistics.POOLED_DUNNETT, primary=[TOP1], first_seeds=(0, 1, 2))
-    assert pooled.equals(table)
 
 
 def test_cells_that_a_scheduler_stopped_trials_of_are_censored(tmp_path: Path) -> None:
@@ -210,14 +302,16 @@ def test_without_axes_or_baseline(tmp_path: Path) -> None:
     assert row_of(table, OUTLIERS)["n_missing"] == 2  # declared primary, though nobody has it
 
 
-def test_pooled_intervals_take_part_where_they_can(tmp_path: Path) -> None:
-    trials = registers_sweep(counts=(0, 1, 2))
-    table = table_of(tmp_path / "s", trials, statistics.POOLED_DUNNETT)
+def test_each_metric_has_its_interval(tmp_path: Path) -> None:
+    trials = noisy(counts=(0, 1, 2))
+    for trial in trials:
+        trial.scores["train/loss"] = 1.0 + 0.1 * trial.seed
+    table = table_of(tmp_path / "s", trials)
     values = {r: {t.seed: t.scores[TOP1] for t in trials if t.cell[REGISTERS] == r} for r in (0, 1, 2)}
     expected = statistics.pooled_dunnett(values, 0)[2]
     row = row_of(table, TOP1, model__num_registers=2)
     assert (row["interval_method"], row["delta_low"]) == ("pooled_dunnett", pytest.approx(expected.low))
-    assert row_of(table, "train/loss", model__num_registers=2)["interval_method"] == "paired_t"
+    assert row_of(table, "train/loss", model__num_registers=2)["interval_method"] == "paired_t_bonferroni"
 
 
 def test_rows_of_released_weights_are_observational(tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ def test_probes_run_on_data_sets_of_their_own(
         name: value for name, value in without[12].items() if "linear" in name
     }
     assert result.data_fingerprint != plain.data_fingerprint
+    (own,) = plain.data_sets
+    assert (own["name"], own["fingerprint"], own["use"]) == ("scenes", plain.data_fingerprint, "training")
+    assert own["images"] == {name: own["images"][name] for name in ("train", "validation", "test")}
+    assert min(own["images"].values()) > 0
+    assert (result.data_sets[0]["name"], result.data_sets[0]["use"]) == ("scenes", "training")
+    assert {one["use"] for one in result.data_sets[1:]} == {"evaluation"} and len(result.data_sets) == 3
     check = DataCheck(data_cache, {}, False, _quiet)
     trial = _planned(settings)
     assert check.fingerprints([trial]) == {trial.trial_id: result.data_fingerprint}

@@ -144,7 +144,7 @@ class TestSweep:
         assert (slow["n"], fast["n"], fast["n_paired"]) == (3, 3, 3)
         # f(x) = x² / 2 after 10 steps of x ← (1 - lr) x: both come from the same start.
         assert fast["mean"] / slow["mean"] == pytest.approx((0.7 / 0.9) ** 20, rel=1e-5)
-        before = {path: path.read_bytes() for path in (storage / "descent" / "tables").iterdir()}
+        before = {path: path.read_bytes() for path in (storage / "descent" / "tables").rglob("*") if path.is_file()}
         runs = pq.read_table(storage / "descent" / "tables" / "runs.parquet").to_pylist()
         assert {row["steps"] for row in runs} == {10} and {row["program.steps"] for row in runs} == {10}
         assert not {name for name in runs[0] if name.startswith(("optim.", "tokens.", "model."))}

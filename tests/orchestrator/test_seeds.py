@@ -14,10 +14,11 @@ from scipy import stats
 
 from analysis import cells as analysed
 from analysis.collect import PlannedTrial as AnalysedTrial
+from orchestrator.cells import baseline_of
 from orchestrator.ledger import Ledger
 from orchestrator.plan import Plan, PlannedTrial, build_plan
 from orchestrator.schema import sweep_schema
-from orchestrator.seeds import SeedGrowth, baseline_of, sample_size
+from orchestrator.seeds import SeedGrowth, sample_size
 from orchestrator.spec import SpecError, dump, read_sweep
 from orchestrator.sweep import Budget, MoreSeeds, Sweep, Until
 from tests.orchestrator.sweeps import Small

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from statsmodels.stats.power import TTestPower as Power
 
 from orchestrator import measured, plan_changes, plan_needs, show_plan, spec
 from orchestrator.budget import HOURS, Spent
@@ -233,19 +234,26 @@ class TestSmallestDifference:
         # pairs: 0.6 - 0.1, 0.7 - 0.3 and 0.8 - 0.5: 0.5, 0.4, 0.3, of standard deviation 0.1
         example.run({0: 0.1, 1: 0.3, 2: 0.5, 3: 0.6, 4: 0.7, 5: 0.8})
         found = example.json(capsys)["smallest_difference"]
-        assert found["in_standard_deviations"] == pytest.approx(2.484, abs=1e-3)  # 4.3027 / √3
-        assert found["of_metrics"] == {METRIC: pytest.approx(0.2484, abs=1e-4)}
-        assert f"  {METRIC}: differences above 0.2484, by earlier pairs (2 degrees)" in example.show(capsys)
+        assert found["half_width"]["in_run_deviations"] == pytest.approx(3.513, abs=1e-3)  # 4.3027 · √(2 / 3)
+        assert found["half_width"]["of_metrics"] == {METRIC: pytest.approx(0.2484, abs=1e-4)}
+        power = Power().solve_power(nobs=3, alpha=0.05, power=0.8)  # in standard deviations of a pair
+        assert found["detectable"]["power"] == 0.8
+        assert found["detectable"]["in_run_deviations"] == pytest.approx(power * 2**0.5, rel=1e-3)
+        assert found["detectable"]["of_metrics"] == {METRIC: pytest.approx(power * 0.1, rel=1e-3)}
+        assert found["smallest_p"] == {"t": None, "sign_flip": 0.25}
+        assert f"  {METRIC}: ± 0.2484, found from {power * 0.1:.4g}, by earlier pairs (2 degrees)" in example.show(
+            capsys
+        )
 
     def test_by_single_trials_of_another_sweep_of_the_same_kind(
         self, example: Example, capsys: pytest.CaptureFixture[str]
     ) -> None:
         example.run({0: 0.1, 1: 0.2, 2: 0.3}, "earlier")  # of standard deviation 0.1
         example.write(axes={"model.num_registers": [0, 8]})
-        found = example.json(capsys)["smallest_difference"]["of_metrics"]
+        found = example.json(capsys)["smallest_difference"]["half_width"]["of_metrics"]
         assert found == {METRIC: pytest.approx(2.484 * 0.1 * 2**0.5, abs=1e-3)}
         example.write(trial={"preset": "short", "model": {"size": "tiny", "patch_size": 8}})
-        assert example.json(capsys)["smallest_difference"]["of_metrics"] == {}
+        assert example.json(capsys)["smallest_difference"]["half_width"]["of_metrics"] == {}
 
     def test_equal_or_single_values_show_no_noise(self, example: Example) -> None:
         example.run({0: 0.5, 1: 0.5, 3: 0.25})
@@ -438,9 +446,10 @@ class TestSearchesThatHaveRun:
         example.run({0: 0.1, 1: 0.2, 2: 0.3}, "earlier")
         search = {"name": "grid", "metric": self.METRIC, "space": {"optim.lr": {"choices": [1.0e-3, 1.0e-2]}}}
         example.write(search=search)
-        assert example.json(capsys)["smallest_difference"]["of_metrics"] == {METRIC: pytest.approx(0.351, abs=1e-3)}
+        found = example.json(capsys)["smallest_difference"]["half_width"]["of_metrics"]
+        assert found == {METRIC: pytest.approx(0.351, abs=1e-3)}
         example.write(search=search, trial={"preset": "short", "model": {"size": "tiny", "patch_size": 8}})
-        assert example.json(capsys)["smallest_difference"]["of_metrics"] == {}
+        assert example.json(capsys)["smallest_difference"]["half_width"]["of_metrics"] == {}
 
 
 def test_programs_of_others_have_no_price(example: Example, capsys: pytest.CaptureFixture[str]) -> None:

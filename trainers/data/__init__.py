@@ -206,6 +206,13 @@ def fingerprint_of(own: str, others: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps([own, sorted(others.items())]).encode()).hexdigest()[:16]
 
 
+def facts_of(data: DataSet, use: str) -> dict[str, Any]:
+    """What a record says of a data set, as JSON has it: `name`, `fingerprint`, `use` and `images` of each split."""
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    images = {name: len(split) for name, split in splits.items()}
+    return {"name": data.name, "fingerprint": data.fingerprint, "use": use, "images": images}
+
+
 def _quiet(*_: object) -> None:
     """Tells nobody."""
 
