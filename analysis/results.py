@@ -15,7 +15,7 @@ from analysis.answer import Answer, answer
 from analysis.cells import Cell, cells, varying
 from analysis.collect import Frames
 from analysis.elimination import elimination
-from analysis.norms import PATCH, EvaluatedNorms, patches
+from analysis.norms import PATCH, EvaluatedNorms, TokenNorms, patches
 from analysis.per_image import ImageFiles
 from analysis.scores import Scores, last_scores
 from analysis.threshold_bands import CellBands, bands, thresholds_table
@@ -29,22 +29,41 @@ class Results:
     Attributes:
         cells: in the order of the rows of `ablation`.
         varying: the axes in which cells differ; the others are settings.
-        ablation: the table of design.md §8.
-        trends, elimination, aggregates: tables with the schemas of their names.
-        bands: the fraction of patches above every threshold, by key of the cell.
-        image_problems: per-image results that could not be read, as sentences.
+        norms: the patches of finished trials in the last layer, by trial.
+        images: their results image by image.
     """
 
     frames: Frames
     scores: Scores
     cells: tuple[Cell, ...]
     varying: tuple[str, ...]
-    ablation: pa.Table
-    trends: pa.Table
-    elimination: pa.Table
-    aggregates: pa.Table
-    bands: Mapping[str, CellBands]
-    image_problems: tuple[str, ...]
+    norms: Mapping[str, TokenNorms]
+    images: ImageFiles
+
+    @cached_property
+    def ablation(self) -> pa.Table:
+        """The table `ablation`."""
+        return tables.ablation(self.frames, self.scores, self.images.of)
+
+    @cached_property
+    def trends(self) -> pa.Table:
+        """The table `trends`."""
+        return trends(self.frames.plan, self.scores)
+
+    @cached_property
+    def elimination(self) -> pa.Table:
+        """The table `elimination`."""
+        return elimination(self.frames.plan, self.scores, self.images.outliers)
+
+    @cached_property
+    def aggregates(self) -> pa.Table:
+        """The table `aggregates`."""
+        return aggregates(self.frames.plan, self.scores)
+
+    @cached_property
+    def bands(self) -> Mapping[str, CellBands]:
+        """The fraction of patches above every threshold, by key of the cell."""
+        return bands(self.frames.plan, self.norms)
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -58,17 +77,28 @@ class Results:
         return answer(self.frames.plan, self.rows, self.varying, self.trends.to_pylist(), self.elimination.to_pylist())
 
     @property
+    def image_problems(self) -> tuple[str, ...]:
+        """Per-image results that could not be read, as sentences."""
+        _ = self.ablation, self.elimination  # these read them
+        return tuple(self.images.problems)
+
+    @property
     def answer(self) -> str:
         """The whole answer as one paragraph."""
         return self.said.text
 
-    def tables(self) -> dict[str, pa.Table]:
-        """All tables that are published, by name."""
+    def collected(self) -> dict[str, pa.Table]:
+        """The published tables of what trials recorded, by name."""
         return {
             "runs": self.frames.runs,
             "metrics": self.frames.metrics,
             "token_norms": self.frames.token_norms,
             "token_statistics": self.frames.token_statistics,
+        }
+
+    def computed(self) -> dict[str, pa.Table]:
+        """The published tables of what follows from it, by name."""
+        return {
             "ablation": self.ablation,
             "trends": self.trends,
             "elimination": self.elimination,
@@ -76,23 +106,20 @@ class Results:
             "aggregates": self.aggregates,
         }
 
+    def tables(self) -> dict[str, pa.Table]:
+        """All tables that are published, by name."""
+        return {**self.collected(), **self.computed()}
+
 
 def evaluate(frames: Frames) -> Results:
-    """Scores and tables of what a sweep has published; of its folder, per-image results alone are read here."""
-    scores = last_scores(frames)
+    """Scores of what a sweep has published; tables are computed, and per-image results read, when asked for."""
     everything = cells(frames.plan)
     norms = patches(EvaluatedNorms(frames).last_layer(PATCH))
-    images = ImageFiles(frames, norms)
-    eliminated = elimination(frames.plan, scores, images.outliers)
     return Results(
         frames=frames,
-        scores=scores,
+        scores=last_scores(frames),
         cells=everything,
         varying=tuple(varying(frames.plan.axes, everything)),
-        ablation=tables.ablation(frames, scores, images.of),
-        trends=trends(frames.plan, scores),
-        elimination=eliminated,
-        aggregates=aggregates(frames.plan, scores),
-        bands=bands(frames.plan, norms),
-        image_problems=tuple(images.problems),
+        norms=norms,
+        images=ImageFiles(frames, norms),
     )

@@ -90,9 +90,9 @@ def cold(folder: Path) -> float:
 
 
 def _tables(folder: Path) -> None:
-    from analysis import up_to_date
+    from analysis.run import tables
 
-    up_to_date.tables(folder)
+    tables(folder)
 
 
 def mlflow_seconds(uri: str, sweep: str, sampled: int, seed: int) -> float:

@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import up_to_date
+from analysis import results, run, up_to_date
 from analysis.cells import Cell, baseline_of, compared_with
 from analysis.collect import CACHE, collect
 from analysis.results import evaluate
+from analysis.terminal_tables import rendered
 from tests.analysis.fabricated import REGISTERS, publish, registers_sweep
 
 
@@ -26,20 +27,20 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(1)
         return evaluate(frames)
 
-    monkeypatch.setattr(up_to_date, "evaluate", watched)
+    monkeypatch.setattr(results, "evaluate", watched)
     return calls
 
 
 def test_tables_are_those_of_the_analysis_and_are_not_written_twice(tmp_path: Path, evaluated: list[int]) -> None:
     folder = publish(tmp_path / "s", registers_sweep(), baseline={REGISTERS: 0})
-    written = up_to_date.tables(folder)
+    written = run.tables(folder)
     expected = evaluate(collect(folder, keep=False)).tables()
     assert written.keys() == expected.keys()
     for name, path in written.items():
         assert path == folder / "tables" / f"{name}.parquet"
         assert pq.read_table(path).equals(expected[name]), name
     stamps = {name: path.stat().st_mtime_ns for name, path in written.items()}
-    assert up_to_date.tables(folder) == written
+    assert run.tables(folder) == written
     assert {name: path.stat().st_mtime_ns for name, path in written.items()} == stamps
     assert len(evaluated) == 1
 
@@ -48,12 +49,12 @@ def test_whatever_changes_makes_them_anew(
     tmp_path: Path, evaluated: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = publish(tmp_path / "s", registers_sweep(), baseline={REGISTERS: 0})
-    written = up_to_date.tables(folder)
+    written = run.tables(folder)
     whole = {name: path.read_bytes() for name, path in written.items()}
 
     def again() -> bool:
         before = len(evaluated)
-        up_to_date.tables(folder)
+        run.tables(folder)
         return len(evaluated) > before
 
     result = folder / "trials" / "id-4-0" / "result.json"
@@ -70,25 +71,38 @@ def test_whatever_changes_makes_them_anew(
     assert again() and not again()
     written["runs"].unlink()
     assert again() and not again()
-    (folder / CACHE / "tables.json").write_text('{"fingerprint": 1, "tables": []}')
+    (folder / CACHE / "tables.json").write_text('{"fingerprint": 1, "files": []}')
     assert again() and not again()
     monkeypatch.setattr(up_to_date, "_code", lambda: b"other code")
     assert again() and not again()
     assert {name: path.read_bytes() for name, path in written.items()}.keys() == whole.keys()
 
 
-def test_options_are_part_of_the_fingerprint(tmp_path: Path) -> None:
-    folder = publish(tmp_path / "s", registers_sweep())
-    found = {up_to_date.fingerprint(folder, *options) for options in ((), ("a",), ("b",), ("a", "b"), ("ab",))}
-    assert len(found) == 5
-    assert up_to_date.fingerprint(folder, "a") in found
+def test_a_whole_analysis_is_made_once_and_says_the_same_again(tmp_path: Path, evaluated: list[int]) -> None:
+    trials = registers_sweep(counts=(0, 4))
+    folder = publish(tmp_path / "s", trials, baseline={REGISTERS: 0})
+    (folder / "trials" / trials[0].trial_id / "token_norms.parquet").write_bytes(b"spoilt")
+    first = run.analyse(folder)
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    second = run.analyse(folder)
+    assert len(evaluated) == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == stamps
+    for name in ("answer", "tables", "figures", "report", "problems", "note", "readable"):
+        assert getattr(second, name) == getattr(first, name), name
+    assert any("unreadable" in problem for problem in second.problems)
+    assert rendered([second.terminal]) == rendered([first.terminal])
+    for spoilt in (first.report, first.figures[-1], first.readable[-1], first.tables["trends"]):
+        before = spoilt.read_bytes()
+        spoilt.write_bytes(b"spoilt")
+        run.analyse(folder)
+        assert spoilt.read_bytes() == before, spoilt
 
 
 def test_a_folder_that_cannot_keep_a_mark_gets_its_tables(tmp_path: Path, evaluated: list[int]) -> None:
     folder = publish(tmp_path / "s", registers_sweep())
     (folder / CACHE).write_text("in the way")
-    assert up_to_date.tables(folder)["ablation"].is_file()
-    up_to_date.tables(folder)
+    assert run.tables(folder)["ablation"].is_file()
+    run.tables(folder)
     assert len(evaluated) == 2
 
 
