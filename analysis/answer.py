@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from analysis.collect import SweepPlan
+from analysis.elimination import NO_IMAGES, NO_VARIANCE, ONE_SEED
 from analysis.labels import REGISTERS, axis_labels, cell_text, joined, metric_label, registers, unit, value_text
-from analysis.schemas import canonical
+from analysis.schemas import LOST, canonical
 
 LEVEL = 0.05
 _MOST_NAMED = 6  # cells named one by one in a sentence; more are counted
 _MOST_TRENDS = 4  # sentences of trends and of outliers
 _OUTLIERS = "tokens/last/outlier_fraction"
-NO_VARIANCE = "no_variance"  # a flag of the table `elimination`
 
 Row = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def answer(
     trends: Sequence[Row] = (),
     elimination: Sequence[Row] = (),
 ) -> Answer:
-    """The answer. A difference is claimed only where Holm's p is below 0.05 and the interval leaves out zero.
+    """The answer. A difference is claimed only where `supported` allows it.
 
     Args:
         rows: rows of the ablation table.
@@ -104,13 +104,19 @@ def _verdict(by_metric: Mapping[str, Sequence[Row]], words: _Words) -> str:
     if not others:
         return " ".join(claims)
     compared = [row for rows in others.values() for row in rows if row["delta"] is not None]
-    if compared and all(row["delta"] == 0 for row in compared):
+    if compared and all(map(_is_equal, compared)):
         labels = joined([metric_label(metric) for metric in others], "or")
         return " ".join([*claims, f"No difference in {labels} was seen: equal in every pair."])
     labels = joined([_uncertain(metric, rows) for metric, rows in others.items()], "or")
     if claims:
         return " ".join([*claims, f"No difference could be shown in {labels}."])
     return f"Cannot tell: {_seeds(by_metric)} no difference to {words.against()} could be shown in {labels}."
+
+
+def _is_equal(row: Row) -> bool:
+    """Whether the scores of every pair are equal; of several pairs a mean difference of 0 alone does not say so."""
+    bounds = {row["delta_low"], row["delta_high"]}
+    return row["delta"] == 0 and (bounds == {0} or (row["n_paired"] == 1 and bounds == {None}))
 
 
 def _uncertain(metric: str, rows: Sequence[Row]) -> str:
@@ -183,7 +189,7 @@ def _why_not(rows: Sequence[Row], metric: str) -> str:
     bounded = [row for row in rows if row["delta_low"] is not None]
     if not bounded:
         return "one seed gives no interval"
-    if all(row["delta"] == 0 and row["p_value"] is None for row in bounded):
+    if all(map(_is_equal, bounded)):
         return "equal in every pair"
     if all(row["p_value"] is None for row in bounded):
         return "all pairs differ by the same amount, which says nothing about chance"
@@ -197,7 +203,7 @@ def _why_not(rows: Sequence[Row], metric: str) -> str:
 def _unfinished(by_metric: Mapping[str, Sequence[Row]]) -> tuple[str, ...]:
     """How many of the planned trials have a score, where not all do."""
     for rows in by_metric.values():
-        lost = sum(row[name] for row in rows for name in row if name.startswith("n_") and name != "n_paired")
+        lost = sum(row[f"n_{status}"] for row in rows for status in LOST)
         scored = sum(row["n"] for row in rows)
         if lost:
             return (f"Only {scored} of {scored + lost} planned trials have a score so far.",)
@@ -216,9 +222,13 @@ def _trends(trends: Sequence[Row], plan: SweepPlan) -> tuple[str, ...]:
         p = _p(row["page_p"] if row["page_p_adjusted"] is None else row["page_p_adjusted"])
         label = metric_label(row["metric"])
         if _rises_or_falls(row):
-            said.append(f"{_capital(label)}{within} {row['direction']} with the {axis} (Page's trend test, p {p}).")
+            said.append(
+                f"{_capital(label)}{within} {row['direction']} with the {axis} (Page's trend test, corrected p {p})."
+            )
         else:
-            said.append(f"No trend of {label}{within} with the {axis} could be shown (Page's trend test, p {p}).")
+            said.append(
+                f"No trend of {label}{within} with the {axis} could be shown (Page's trend test, corrected p {p})."
+            )
     return tuple(said)
 
 
@@ -251,13 +261,22 @@ def _eliminated(rows: Sequence[Row], within: str) -> tuple[str, str]:
     count = smallest[REGISTERS]
     least = min(row[REGISTERS] for row in rows)
     where = f"Already with {registers([count])}" if count == least else f"From {registers([count])} on"
-    bound = f"{100 * smallest['upper']:.3g} %"
-    of_images = "; as no seed has any outlier, of further images alone" if NO_VARIANCE in smallest["flags"] else ""
+    claimed = [row for row in rows if row[REGISTERS] >= count]
+    bound = f"{100 * max(row['upper'] for row in claimed):.3g} %"
     return (
         f"{where}, fewer than {limit} of patches are outliers{f' ({within})' if within else ''}.",
         f"{_capital(label)} is below {limit} with 95 % confidence from {registers([count])} on "
-        f"(upper bound {bound}{of_images}).",
+        f"(upper bound {bound}{_one_source(claimed)}).",
     )
+
+
+def _one_source(claimed: Sequence[Row]) -> str:
+    """Which of the two sources of error the bounds of some cells leave out, and why; "" where none does."""
+    images = [row[REGISTERS] for row in claimed if {NO_VARIANCE, ONE_SEED} & {*row["flags"]}]
+    seeds = [row[REGISTERS] for row in claimed if NO_IMAGES in row["flags"]]
+    parts = [f"; with {registers(images)} of further images alone, as seeds give no bound"] if images else []
+    parts += [f"; with {registers(seeds)} of further seeds alone, as single images are not known"] if seeds else []
+    return "".join(parts)
 
 
 def _capital(text: str) -> str:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import pandas as pd
 import pyarrow as pa
@@ -116,8 +116,11 @@ class Sweep:
             values: which column of `ablation`.
 
         Raises:
-            ValueError: there is no such metric or axis, or an axis in which cells differ stands nowhere or twice.
+            ValueError: there is no such metric, axis or column, or an axis in which cells differ stands nowhere or
+                twice.
         """
+        if values not in get_args(Values):
+            raise ValueError(f"values is {values!r}; allowed: {', '.join(get_args(Values))}")
         found = self._pivot(metric, rows, columns)
         names = axis_labels(dict.fromkeys((*found.rows, *found.columns)))
         numbers = [
@@ -144,8 +147,10 @@ class Sweep:
             show: mean ± std ("spread"), the difference with its interval ("difference"), or both.
 
         Raises:
-            ValueError: as `pivot`, or no metric is known yet.
+            ValueError: as `pivot`, there is no such `show`, or no metric is known yet.
         """
+        if show not in get_args(pivots.Show):
+            raise ValueError(f"show is {show!r}; allowed: {', '.join(get_args(pivots.Show))}")
         if metric is None:
             metric = next(iter(default_metrics(self.results)), None)
             if metric is None:

@@ -70,17 +70,6 @@ def compared_with(everything: Sequence[Cell], baseline: Mapping[str, Any] | None
     return found
 
 
-def baseline_of(cell: Cell, everything: Sequence[Cell], baseline: Mapping[str, Any] | None) -> Cell | None:
-    """The cell that `cell` is compared with, as `compared_with` says of all of `everything` at once."""
-    if baseline is None:
-        return None
-    wanted = {**cell.values, **baseline}
-    fits = [other for other in everything if _fits(other.values, wanted, fixed=baseline)]
-    exact = [other for other in fits if other.values == wanted]
-    chosen = exact or fits
-    return chosen[0] if len(chosen) == 1 else None
-
-
 def is_baseline(cell: Cell, baseline: Mapping[str, Any] | None) -> bool:
     """Whether `cell` is one that others are compared with."""
     return baseline is not None and all(cell.values.get(axis) == value for axis, value in baseline.items())

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 
@@ -22,6 +21,7 @@ from analysis.frames import (
     PlannedTrial,
     SweepPlan,
     flatten,
+    redact,
     runs_table,
     short,
 )
@@ -41,7 +41,6 @@ __all__ = [
     "collect_all",
     "flatten",
     "read_plan",
-    "without_user",
 ]
 
 CACHE = ".analysis"  # folder of a sweep that holds what was read of its trials; it can be deleted at any time
@@ -198,13 +197,7 @@ def _read_mlflow(path: Path, problems: list[str]) -> Mlflow | None:
         if not isinstance(raw, dict):
             raise ValueError("it is not a JSON object")
         runs = {str(trial): str(run) for trial, run in dict(raw.get("runs") or {}).items()}
-        return Mlflow(without_user(str(raw.get("tracking_uri", ""))), str(raw.get("experiment_id", "")), runs)
+        return Mlflow(redact(str(raw.get("tracking_uri", ""))), str(raw.get("experiment_id", "")), runs)
     except (OSError, ValueError, TypeError) as error:
         problems.append(f"mlflow.json is unreadable: {short(error)}")
         return None
-
-
-def without_user(uri: str) -> str:
-    """`uri` without the user and password in front of its host."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from analysis import cells
-from analysis.frames import Frames, Mlflow, PlannedTrial, SweepPlan, runs_table, short
-from analysis.mlflow_store import Run, RunStore, connect, redact
+from analysis.frames import Frames, Mlflow, PlannedTrial, SweepPlan, redact, runs_table, short
+from analysis.mlflow_store import Run, RunStore, connect
 from analysis.plan_file import is_safe_id, parse_plan
 from analysis.schemas import METRICS, RUNS, STATUSES, TOKEN_NORMS, TOKEN_STATISTICS, canonical
 from analysis.trial_files import result_value
@@ -64,15 +64,6 @@ def collect_mlflow(tracking_uri: str, sweep: str, storage: str | None = None) ->
         mlflow=Mlflow(redact(tracking_uri), parent.experiment_id, {t: run.run_id for t, run in found.items()}),
         problems=tuple(problems),
     )
-
-
-def collect_mlflow_all(tracking_uri: str, sweeps: Iterable[str], storage: str | None = None) -> tuple[Frames, ...]:
-    """The frames of several sweeps of one store, in the order of `sweeps`.
-
-    Raises:
-        ValueError: as `collect_mlflow`.
-    """
-    return tuple(collect_mlflow(tracking_uri, sweep, storage) for sweep in sweeps)
 
 
 def metrics_table(

@@ -17,6 +17,7 @@ from analysis.aggregates import by_seed
 from analysis.cells import Cell
 from analysis.changes import Change, changes
 from analysis.corrections import benjamini_hochberg, holm
+from analysis.discovery import is_curve
 from analysis.matching import Matched, Trials, match
 from analysis.results import Results
 from analysis.schemas import setting_column
@@ -54,7 +55,8 @@ COMPARISON = pa.schema(
         ("delta_high", pa.float64()),
         ("interval_method", pa.string()),
         ("p_value", pa.float64()),
-        ("p_adjusted", pa.float64()),  # Holm's over cells × primary metrics, Benjamini and Hochberg's over the rest
+        # Holm's over cells × primary metrics, Benjamini and Hochberg's over the rest without points of CorLoc curves.
+        ("p_adjusted", pa.float64()),
         ("flags", pa.list_(pa.string())),
     ]
 )
@@ -114,7 +116,7 @@ def compare(a: Results, b: Results, names: tuple[str, str] | None = None) -> Com
             row["flags"] = sorted({*row["flags"], *known})
             rows.append({**values, **row, "metric": metric, "primary": metric in primary})
     for is_primary, correct in ((True, holm), (False, benjamini_hochberg)):
-        family = [row for row in rows if row["primary"] == is_primary]
+        family = [r for r in rows if r["primary"] == is_primary and (is_primary or not is_curve(r["metric"]))]
         for row, adjusted in zip(family, correct([row["p_value"] for row in family]), strict=True):
             row["p_adjusted"] = adjusted
     return Comparison(

@@ -45,6 +45,8 @@ def answer(comparison: Comparison) -> str:
     if not compared:
         return f"{a} and {b} have {where}; no primary metric has a score on both sides yet."
     if all(row["interval_method"] == SAME_TRIALS for row in compared):
+        if any(row["n_a"] != row["n_same"] or row["n_b"] != row["n_same"] for row in compared):
+            return f"{a} and {b} have {where}, which share trials: differences come from the others, and have no test."
         return f"{a} and {b} have {where}, of the same trials: their numbers are equal by construction."
     claimed = [row for row in compared if supported(row)]
     if not claimed:
@@ -138,7 +140,7 @@ def _notes(rows: Sequence[Mapping[str, Any]], flags: Mapping[str, int]) -> str:
     said = [f"Mean ± standard deviation. Each interval holds by itself; p is {family}."]
     said.append(f"Bold: p below {LEVEL} and an interval without 0.")
     if any(row["interval_method"] == SAME_TRIALS for row in rows):
-        said.append("Same trials: one sweep adopted them from the other, so there is nothing to test.")
+        said.append("Same trials: one sweep adopted them from the other, so their cell has no test.")
     return " ".join([*said, *(f"({number}) {_FLAGS.get(flag) or flag_text(flag)}." for flag, number in flags.items())])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,3 +95,9 @@ def short(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"{error} is missing"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def redact(text: str) -> str:
+    """`text` without users and passwords in front of hosts, and without values of query parameters."""
+    text = re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
+    return re.sub(r"([?&][^=&\s'\"]*=)[^&\s'\"]+", r"\1***", text)

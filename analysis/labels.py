@@ -269,6 +269,7 @@ FLAGS = {
     "mixed_data": "trials saw data with different fingerprints",
     "mixed_device": "trials ran on different kinds of devices",
     "mixed_git_commit": "trials ran different commits of the code",
+    "mixed_precision": "trials computed in different precisions",
     "mixed_steps": "scores are of different steps",
     "mixed_threads": "trials ran with different numbers of threads",
     "mixed_versions": "trials ran with different package versions",

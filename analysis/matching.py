@@ -80,7 +80,7 @@ def match(a: Trials, b: Trials) -> Matched:
         raise ValueError(_nothing_shared(a, b, axes))
     return Matched(
         axes=tuple(axes),
-        both=tuple((keys_a[key][0], keys_a[key][1], keys_b[key][1]) for key in shared),
+        both=tuple((_values(keys_a[key][0], keys_b[key][0], more_b), keys_a[key][1], keys_b[key][1]) for key in shared),
         only_a=tuple(cell for key, (_, cell) in keys_a.items() if key not in keys_b),
         only_b=tuple(cell for key, (_, cell) in keys_b.items() if key not in keys_a),
         constant_a=_constant(a, axes),
@@ -110,6 +110,11 @@ def _by_key(trials: Trials, axes: list[str], other: Trials) -> dict[str, tuple[d
         if _UNKNOWN not in values.values():
             found[canonical([comparable(value) for value in values.values()])] = (values, cell)
     return found
+
+
+def _values(a: Mapping[str, Any], b: Mapping[str, Any], of_b: Iterable[str]) -> dict[str, Any]:
+    """Equal values, those `of_b` as the axis has them there: from the other's settings they are text."""
+    return {**a, **{axis: b[axis] for axis in of_b}}
 
 
 def _only(values: set[str]) -> Any:

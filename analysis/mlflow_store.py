@@ -21,6 +21,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 
+from analysis.frames import redact
+
 HISTORIES = pa.schema(
     [
         ("run_id", pa.string()),
@@ -92,12 +94,6 @@ def connect(tracking_uri: str) -> RunStore:
     if scheme == "sqlite":
         _check_sqlite(tracking_uri)
     return _Database(tracking_uri)
-
-
-def redact(text: str) -> str:
-    """`text` without users and passwords in front of hosts, and without values of query parameters."""
-    text = re.sub(r"(?<=://)[^/\s'\"]*@", "", text)
-    return re.sub(r"([?&][^=&\s'\"]*=)[^&\s'\"]+", r"\1***", text)
 
 
 @contextmanager

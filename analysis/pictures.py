@@ -9,9 +9,6 @@ from analysis.figures.style import Drawn
 from analysis.layout import arrange
 from analysis.results import Results
 
-OUTLIERS = "tokens/last/outlier_fraction"
-_MOST_METRICS = 6
-
 
 @dataclass(frozen=True)
 class Pictures:

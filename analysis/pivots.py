@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from analysis.answer import supported
-from analysis.cells import Cell, baseline_of
+from analysis.cells import Cell, compared_with
 from analysis.directions import direction
 from analysis.discovery import is_curve
 from analysis.labels import REGISTERS, axis_labels, cell_text, flag_text, metric_label, unit
@@ -17,7 +17,7 @@ from analysis.layout import place
 from analysis.results import Results
 from analysis.schemas import ABLATION, canonical, setting_column
 from analysis.statistics import CONFIDENCE, PAIRED_BONFERRONI, POOLED_DUNNETT
-from analysis.terminal import LOST, QUIET_FLAGS, lost_texts
+from analysis.terminal import QUIET_FLAGS, lost_texts, planned_trials
 
 Show = Literal["both", "spread", "difference"]
 
@@ -145,13 +145,14 @@ def entry_lines(
         difference = "baseline" if "baseline" in row["flags"] else ""
     else:
         difference = f"{kind.text(row['delta'], True)} {kind.interval(row['delta_low'], row['delta_high'])}".rstrip()
-    lines = {"both": (mean, difference), "spread": (mean,), "difference": (difference or mean,)}[show]
+    alone = f"{difference}{aside}" if difference else mean
+    lines = {"both": (mean, difference), "spread": (mean,), "difference": (alone,)}[show]
     return tuple(line for line in lines if line)
 
 
 def usual_seeds(pivot: Pivot) -> int | None:
     """How many seeds most cells have; None where there is no cell."""
-    planned = [entry.row["n"] + sum(entry.row[f"n_{status}"] for status in LOST) for entry in pivot.entries.values()]
+    planned = [planned_trials(entry.row) for entry in pivot.entries.values()]
     return max(sorted(set(planned)), key=planned.count, default=None)
 
 
@@ -272,8 +273,9 @@ def _best(results: Results, rows: Sequence[Mapping[str, Any]]) -> set[str]:
         return set()
     by_key = {cell.key: row for cell, row in zip(results.cells, rows, strict=True)}
     groups: dict[str, list[str]] = {}
+    baselines = compared_with(results.cells, results.frames.plan.baseline)
     for cell in results.cells:
-        baseline = baseline_of(cell, results.cells, results.frames.plan.baseline)
+        baseline = baselines[cell.key]
         if baseline is not None:
             groups.setdefault(baseline.key, [baseline.key]).append(cell.key)
     best = set()

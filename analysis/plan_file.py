@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,22 @@ def parse_plan(content: bytes, where: str) -> SweepPlan:
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{where} is not a readable plan: {short(error)}") from error
-    for trial in plan.trials:
-        if not is_safe_id(trial.trial_id):
-            raise ValueError(f"{where}: {trial.trial_id!r} is not a trial's id")
+    for wrong in _wrong(plan, raw):
+        raise ValueError(f"{where}: {wrong}")
     return plan
+
+
+def _wrong(plan: SweepPlan, raw: Mapping[str, Any]) -> Iterator[str]:
+    """What no sweep that was planned has, as texts."""
+    ids = [trial.trial_id for trial in plan.trials]
+    yield from (f"{one!r} is not a trial's id" for one in ids if not is_safe_id(one))
+    if len(set(ids)) < len(ids):
+        yield f"the trial {next(one for one in ids if ids.count(one) > 1)!r} is there twice"
+    yield from (f"the baseline {axis!r} is not an axis" for axis in plan.baseline or {} if axis not in plan.axes)
+    if not isinstance(raw.get("primary") or [], list):
+        yield "primary is not a list"
+    if not 0 < plan.outlier_limit < 1:
+        yield f"outlier_limit is {plan.outlier_limit}; allowed: a fraction between 0 and 1"
 
 
 def is_safe_id(text: str) -> bool:

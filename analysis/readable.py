@@ -25,15 +25,18 @@ def form_of(form: str | None, output: Path | None) -> Form:
     """The form that is asked for, by its name or by the ending of a file; for the terminal where nothing is.
 
     Raises:
-        ValueError: nothing is written under such an ending.
+        ValueError: nothing is written under such an ending, or a text is asked for under that of parquet.
     """
+    by_ending = None if output is None else _FORMS.get(output.suffix[1:])
+    if by_ending == "parquet" and form not in (None, by_ending):
+        raise ValueError(f"{output} would be no parquet file: --format is {form}; leave it out, or name another ending")
     if form is not None:
         return cast(Form, form)
     if output is None:
         return "terminal"
-    if output.suffix[1:] not in _FORMS:
+    if by_ending is None:
         raise ValueError(f"{output} has no ending of a table; allowed: {', '.join(f'.{kind}' for kind in _FORMS)}")
-    return _FORMS[output.suffix[1:]]
+    return by_ending
 
 
 def text(pivots: Sequence[Pivot], form: Form, show: Show = "both") -> str:

@@ -19,6 +19,7 @@ from analysis import report_views as views
 from analysis.answer import baseline_text
 from analysis.curves import curves
 from analysis.discovery import is_curve
+from analysis.elimination import FRACTION
 from analysis.figures.style import Drawn
 from analysis.group_tables import cost_table, measured_tables
 from analysis.labels import axis_labels, method_text
@@ -95,6 +96,7 @@ def _answered(results: Results) -> dict[str, Any]:
     return {
         "sweep": clipped(plan.sweep, 80),
         "question": clipped(plan.question or plan.sweep, _LONGEST),
+        "trained": facts.trained(runs),
         "said": results.said,
         "statuses": facts.statuses(runs),
         "total": len(runs),
@@ -102,20 +104,22 @@ def _answered(results: Results) -> dict[str, Any]:
         "baseline": clipped(baseline_text(plan.baseline, axis_labels(plan.axes)), _LONGEST) if plan.baseline else "",
         "summary": summary,
         "notes": notes,
-        "warnings": views.warnings(results, metrics),
+        "shows_outliers": FRACTION in metrics,
+        "primary_left_out": max(0, len(plan.primary) - len(metrics)),
+        "warnings": views.warnings(results, _in_full(results)),
     }
 
 
 def _scores(results: Results) -> dict[str, Any]:
     """All tables of scores and measurements."""
     rows, names = results.rows, Names()
-    metrics = shown_metrics(results.frames.plan, rows)
+    metrics, primary = _in_full(results), bool(results.frames.plan.primary)
     numbers = range(len(results.cells))
     main = [
         (
             metric,
             views.statistics(
-                results, names.new("metric"), views.heading(metric), ((cell, metric) for cell in numbers), True
+                results, names.new("metric"), views.heading(metric), ((cell, metric) for cell in numbers), primary
             ),
         )
         for metric in metrics
@@ -125,11 +129,13 @@ def _scores(results: Results) -> dict[str, Any]:
     others = [(cell, metric) for metric in sorted(rest, key=_rank) for cell in numbers]
     return {
         "main": main,
-        "along": along(results, names),
+        "along": along(results, names, metrics),
         "methods": sorted(
             {method_text(row["interval_method"]) for row in rows if row["primary"] and row["delta_low"] is not None}
         ),
-        "others": views.statistics(results, "exploratory-table", "Exploratory metrics", others[:_MOST_ROWS], False),
+        "others": views.statistics(
+            results, "exploratory-table", "Exploratory metrics", others[:_MOST_ROWS], primary=False, several=True
+        ),
         "others_left_out": max(0, len(others) - _MOST_ROWS),
         "measured": [
             (facts.measured(names.new("measured"), table), table.left_out)
@@ -137,6 +143,11 @@ def _scores(results: Results) -> dict[str, Any]:
         ],
         "trials": views.trials(results, metrics),
     }
+
+
+def _in_full(results: Results) -> list[str]:
+    """The metrics that have a table of their own: all primary ones, else those that the first screen shows."""
+    return list(results.frames.plan.primary) or shown_metrics(results.frames.plan, results.rows)
 
 
 def _run(results: Results) -> dict[str, Any]:

@@ -10,22 +10,23 @@ import pyarrow as pa
 from analysis.labels import NONE, axis_labels, flag_text, metric_label, unit, value_text
 from analysis.report_grid import Column, Grid, Names, Row, Value, digits, number, p_value, places
 from analysis.results import Results
-from analysis.terminal import shown_metrics
 
 _Place = Callable[[Mapping[str, Any]], Value]
 
 
-def along(results: Results, names: Names) -> list[tuple[str, str, Grid]]:
+def along(results: Results, names: Names, metrics: Sequence[str]) -> list[tuple[str, str, Grid]]:
     """Tables with their headings and what is to be known of them, where they have rows.
 
-    Trends and interquartile means are those of the metrics that the page shows in full.
+    Args:
+        metrics: those that the page shows in full, whose trends and interquartile means are shown: all primary ones,
+            or others where none is declared.
     """
-    metrics = shown_metrics(results.frames.plan, results.rows)
+    primary = bool(results.frames.plan.primary)
     trends = [row for row in _rows(results.trends) if row["metric"] in metrics and row["page_p"] is not None]
     eliminated = [row for row in _rows(results.elimination) if row["n"]]
     means = [row for row in _rows(results.aggregates) if row["metric"] in metrics and row["iqm"] is not None]
     found = [
-        ("Trends along ordered axes", _TRENDS, trends, _trend_columns(results)),
+        ("Trends along ordered axes", _TRENDS + _CORRECTED[primary], trends, _trend_columns(results, primary)),
         ("Elimination of outliers", _ELIMINATION, eliminated, _elimination_columns()),
         ("Interquartile means", "Means over seeds without the lowest and the highest quarter.", means, _mean_columns()),
     ]
@@ -38,9 +39,12 @@ def along(results: Results, names: Names) -> list[tuple[str, str, Grid]]:
 
 _TRENDS = (
     "Page's test asks whether a metric goes one way along all values of an axis; the quadratic in log2(1 + value) has "
-    "a slope at its middle and a curvature, each a change per doubling. p-values are corrected by Holm over all trends "
-    "of primary metrics."
+    "a slope at its middle and a curvature, each a change per doubling. "
 )
+_CORRECTED = {
+    True: "p-values are corrected by Holm over all trends of primary metrics.",
+    False: "No metric was declared primary: p-values are Benjamini and Hochberg's over the trends of all metrics.",
+}
 _ELIMINATION = (
     "Whether a cell has no outliers, as a statement of equivalence: the one-sided 95 % upper bound of its mean "
     "fraction, over further seeds and over further images, lies below the declared limit."
@@ -72,8 +76,9 @@ def _grid(
     )
 
 
-def _trend_columns(results: Results) -> list[tuple[Column, _Place]]:
+def _trend_columns(results: Results, primary: bool) -> list[tuple[Column, _Place]]:
     labels = axis_labels(results.frames.plan.axes)
+    by = "Holm" if primary else "Benjamini–Hochberg"
     return [
         (Column("along", text=True), lambda row: Value(labels[row["axis"]], title=row["axis"])),
         (Column("values"), _count("n_levels")),
@@ -81,10 +86,10 @@ def _trend_columns(results: Results) -> list[tuple[Column, _Place]]:
         (Column("direction", text=True), lambda row: Value(row["direction"] or NONE)),
         (Column("Page's L"), lambda row: Value(f"{row['page_l']:.4g}", digits(row["page_l"]))),
         (Column("p"), lambda row: p_value(row["page_p"])),
-        (Column("p, Holm"), lambda row: p_value(row["page_p_adjusted"])),
+        (Column(f"p, {by}"), lambda row: p_value(row["page_p_adjusted"])),
         (Column("slope [95 %]"), _bounded("slope")),
         (Column("curvature [95 %]"), _bounded("curvature")),
-        (Column("p of curvature, Holm"), lambda row: p_value(row["curvature_p_adjusted"])),
+        (Column(f"p of curvature, {by}"), lambda row: p_value(row["curvature_p_adjusted"])),
         (Column("optimum [95 %]"), _optimum),
         (Column("flags", text=True), _flags),
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from analysis import reference
-from analysis.cells import Cell
+from analysis.cells import Cell, order
 from analysis.collect import Frames, Mlflow
 from analysis.group_tables import MeasuredTable
 from analysis.labels import NONE, value_text
@@ -20,7 +20,7 @@ _MOST_REFERENCES = 200  # of the paper's values beside ours
 _LONGEST = 500  # letters of a setting
 _KEY_SETTINGS = (
     *("method", "model.size", "model.patch_size", "model.image_size", "model.num_registers", "model.reg_init_std"),
-    *("data.train", "data.name", "optim.steps", "optim.batch_size", "optim.lr", "precision"),
+    *("data.train", "data.name", "optim.steps", "optim.batch_size", "optim.lr", "precision", "model.weights"),
 )
 _PROVENANCE = ("git_commit", "device", "threads", "data_fingerprint", "versions")
 
@@ -70,12 +70,22 @@ def settings(frames: Frames, runs: Rows) -> tuple[list[tuple[str, str]], list[tu
     return common, differing
 
 
+def trained(runs: Rows) -> str:
+    """What was trained on what, and for how long, in a line: "deit3 · nano · scenes · 450 steps · 2 seeds"."""
+    known = dict(key_settings(runs))
+    parts = [known[name] for name in ("method", "model.size", "model.weights") if name in known]
+    parts += [known[name] for name in ("data.name", "data.train") if name in known][:1]
+    parts += [f"{known['optim.steps']} steps"] if "optim.steps" in known else []
+    seeds = len({run["seed"] for run in runs if run.get("seed") is not None})
+    return " · ".join([*parts, f"{seeds} seed{'' if seeds == 1 else 's'}"] if seeds else parts)
+
+
 def key_settings(runs: Rows) -> list[tuple[str, str]]:
     """The settings that a reader asks for first, each with all the values that trials have."""
     found = []
     for name in _KEY_SETTINGS:
         values = {canonical(run[name]): run[name] for run in runs if run.get(name) is not None}
-        ordered = sorted(values.values(), key=lambda value: (isinstance(value, str), value))
+        ordered = sorted(values.values(), key=order)
         if ordered:
             found.append((name, clipped(", ".join(value_text(value) for value in ordered), _LONGEST)))
         elif name == "model.reg_init_std":

@@ -10,12 +10,11 @@ from analysis.labels import NONE, REGISTERS, axis_labels, cell_name, flag_text, 
 from analysis.report_facts import run_address
 from analysis.report_grid import LONGEST, Column, Grid, Row, Value, clipped, digits, number, p_value, places, short
 from analysis.results import Results
-from analysis.schemas import ABLATION
-from analysis.terminal import QUIET_FLAGS, lost_texts
+from analysis.terminal import QUIET_FLAGS, lost_texts, planned_trials
 
 _LONGEST_NAME = 100  # letters of a cell's name in a sentence
 _MOST_NAMED = 6  # cells named one by one in a warning
-_PRIMARY = "p, Holm"
+_PRIMARY = "corrected p"
 _EXPLORATORY = "p, Benjamini–Hochberg"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -88,7 +87,7 @@ def _compact(row: Mapping[str, Any], numbers: dict[str, int]) -> Value:
 
 def _count(chosen: Rows, target: str, name: str) -> Value:
     """Scores of planned trials as a link to them: "3", or "2/3" where some are missing."""
-    planned = sum(chosen[0][column] for column in _counts()) if chosen else 0
+    planned = planned_trials(chosen[0]) if chosen else 0
     least = min((row["n"] for row in chosen), default=0)
     text = f"{least}" if least == planned else f"{least}/{planned}"
     return Value(
@@ -96,22 +95,21 @@ def _count(chosen: Rows, target: str, name: str) -> Value:
     )
 
 
-def _counts() -> list[str]:
-    return ["n", *(name for name in ABLATION.names if name.startswith("n_") and name != "n_paired")]
-
-
 def anchor(number: int) -> str:
     """The id of the place where a cell's trials stand."""
     return f"cell-{number + 1}"
 
 
-def statistics(results: Results, name: str, caption: str, chosen: Iterable[tuple[int, str]], primary: bool) -> Grid:
+def statistics(
+    results: Results, name: str, caption: str, chosen: Iterable[tuple[int, str]], primary: bool, several: bool = False
+) -> Grid:
     """All statistics of some rows of the ablation table.
 
     Args:
         name, caption: of the table.
         chosen: cells by their number, and metrics.
-        primary: of one declared metric, or of many others, which are named in each row.
+        primary: whether the metrics were declared primary, which decides how their p-values are corrected.
+        several: whether there are several metrics, which are then named in each row.
     """
     found, names = by_cell(results), names_of(results)
     labels = axis_labels(results.frames.plan.axes)
@@ -119,9 +117,9 @@ def statistics(results: Results, name: str, caption: str, chosen: Iterable[tuple
     for index, metric in chosen:
         row, values = found[index][metric], results.cells[index].values
         own = places(values, results.varying) or (Value("the only cell"),)
-        metric_place = () if primary else (Value(heading(metric), title=metric),)
+        metric_place = (Value(heading(metric), title=metric),) if several else ()
         rows.append(Row((*metric_place, *own, *_numbers(row), _trials(index, names[index]))))
-    first = () if primary else (Column("metric", text=True),)
+    first = (Column("metric", text=True),) if several else ()
     axes = [Column(labels[axis], title=axis) for axis in results.varying] or [Column("cell")]
     middle = ("n", "mean", "std", "Δ", "95 % interval", "pairs", "p", _PRIMARY if primary else _EXPLORATORY)
     columns = (*first, *axes, *map(Column, middle), Column("flags", text=True), Column("from", text=True))

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 # What may stand in `runs.status`; a planned trial without an accepted result is "missing".
 STATUSES = ("finished", "diverged", "pruned", "stopped", "failed", "missing")
+LOST = ("missing", "failed", "diverged", "pruned", "stopped")  # why a planned trial has no score, as tables say it
 
 RUNS = pa.schema(
     [

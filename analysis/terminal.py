@@ -8,15 +8,14 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from analysis.answer import supported
+from analysis.answer import LEVEL, supported
 from analysis.collect import SweepPlan
 from analysis.discovery import is_curve
 from analysis.labels import NONE, axis_labels, flag_text, metric_label, unit, value_text
-from analysis.schemas import canonical
+from analysis.schemas import LOST, canonical
 from analysis.statistics import CONFIDENCE
 
 _MOST_METRICS = 4
-LOST = ("missing", "failed", "diverged", "pruned", "stopped")  # why a planned trial has no score
 QUIET_FLAGS = ("baseline", *LOST)  # tables say these elsewhere
 
 
@@ -71,13 +70,9 @@ def _heading(metric: str) -> str:
 
 def _counts(rows: Sequence[Mapping[str, Any]]) -> Text:
     """Scores of planned trials, red where one is missing: "3", or "2/3"."""
-    planned = sum(rows[0][name] for name in ("n", *_count_columns(rows[0]))) if rows else 0
+    planned = planned_trials(rows[0]) if rows else 0
     least = min((row["n"] for row in rows), default=0)
     return Text(f"{least}") if least == planned else Text(f"{least}/{planned}", style="red")
-
-
-def _count_columns(row: Mapping[str, Any]) -> list[str]:
-    return [name for name in row if name.startswith("n_") and name != "n_paired"]
 
 
 def _number(row: Mapping[str, Any], notes: dict[str, int]) -> Text:
@@ -96,16 +91,24 @@ def _number(row: Mapping[str, Any], notes: dict[str, int]) -> Text:
     return text
 
 
+def planned_trials(row: Mapping[str, Any]) -> int:
+    """How many trials of a row are planned, with a score or without."""
+    return int(row["n"] + sum(row[f"n_{status}"] for status in LOST))
+
+
 def lost_texts(row: Mapping[str, Any]) -> list[str]:
     """The trials of a row that have no score, in words: "2 failed"."""
     return [f"{row[f'n_{status}']} {status}" for status in LOST if row[f"n_{status}"]]
 
 
 def _legend(plan: SweepPlan) -> str:
+    left_out = plan.primary[_MOST_METRICS:]
+    more = f" Primary too, but not shown: {', '.join(map(metric_label, left_out))}." if left_out else ""
     if plan.baseline is None:
-        return "n: finished trials with a score. No baseline is declared, so there are no differences."
+        return f"n: finished trials with a score. No baseline is declared, so there are no differences.{more}"
     baseline = ", ".join(f"{axis} = {value_text(value)}" for axis, value in plan.baseline.items())
     return (
         f"n: finished trials with a score. Δ: difference to {baseline}, paired by seed and everything else, "
-        f"with its {CONFIDENCE:.0%} interval; bold where Holm's corrected p is below 0.05."
+        f"with its {CONFIDENCE:.0%} interval; bold where the corrected p of a primary metric is below {LEVEL} and the "
+        f"interval is without zero.{more}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -148,11 +149,18 @@ def _print_pivots(layouts: Sequence[SweepLayout], wanted: Pivots) -> None:
         if not metrics:
             raise ValueError(f"{layout.name} has no metric yet: no trial has finished, or none is planned")
         found += [pivot(results, metric, wanted.rows, wanted.columns) for metric in metrics]
+        _note_problems(results.frames.problems)
     form = readable.form_of(wanted.form, wanted.output)
     if wanted.output is not None:
         readable.write(wanted.output, found, form, wanted.show)
     else:
         print(readable.text(found, form, wanted.show), end="")
+
+
+def _note_problems(problems: Sequence[str]) -> None:
+    """What could not be read, on standard error: standard output holds a table or JSON alone."""
+    for problem in problems:
+        print(f"note: {problem}", file=sys.stderr)
 
 
 def compare(
@@ -176,6 +184,8 @@ def compare(
     if folders[0].resolve() == folders[1].resolve():
         raise ValueError(f"{names[0]} and {names[1]} are the same sweep; compare takes two")
     results = [evaluate(collect(folder)) for folder in folders]
+    for one in results:
+        _note_problems(one.frames.problems)
     same_name = len({one.frames.plan.sweep for one in results}) == 1
     comparison = compared(results[0], results[1], names if same_name else None)
     if output is not None:

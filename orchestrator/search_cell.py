@@ -15,6 +15,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.ledger_schema import OVER, Role, TrialRow
 from orchestrator.plan import PlannedTrial, canonical, cell_text
 from orchestrator.room import Room
+from orchestrator.scored import until_scored
 from orchestrator.search_history import Event, History, Sample, asked, best, mean, pareto_front, restarted, told, warmed
 from orchestrator.search_sampler import suggest
 from orchestrator.search_space import Params, Space
@@ -231,7 +232,7 @@ class CellSearch:
 
 
 def _verdict(sample: Sample, rows: Sequence[TrialRow], metrics: Sequence[str], ledger: Ledger) -> Event:
-    """What the study is told of a suggestion whose trials are over: the mean over seeds of each last value."""
+    """What the study is told of a suggestion whose trials are over: the mean over seeds of what each is scored with."""
     states = Counter(row.state for row in rows)
     lasts = [last_values(ledger.metrics(row.trial_id), metrics) for row in rows]
     known = [last for last in lasts if last is not None]
@@ -252,9 +253,11 @@ def last_values(
 ) -> tuple[tuple[float, ...], int] | None:
     """The last value of each metric among (step, name, value) in the order of steps, and the last step of the first.
 
+    Where a rule chooses the step that a trial is scored at, what came after that step does not count.
+
     None where a metric has no value, or its last one is not finite.
     """
-    last = {name: (step, value) for step, name, value in points if name in metrics}
+    last = {name: (step, value) for step, name, value in until_scored(points) if name in metrics}
     if any(name not in last or not math.isfinite(last[name][1]) for name in metrics):
         return None
     return tuple(last[name][1] for name in metrics), last[metrics[0]][0]

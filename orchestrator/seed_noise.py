@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.cells import baseline_of
 from orchestrator.ledger import Ledger, TrialRow
+from orchestrator.scored import until_scored
 
 _MOST_TRIALS = 200  # whose metrics are read
 
@@ -62,7 +63,8 @@ def kind(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _last(ledger: Ledger, row: TrialRow, metrics: Sequence[str]) -> dict[str, float]:
-    values = {name: value for _, name, value in ledger.metrics(row.trial_id) if name in metrics}  # steps rise
+    points = until_scored(ledger.metrics(row.trial_id))  # steps rise
+    values = {name: value for _, name, value in points if name in metrics}
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 

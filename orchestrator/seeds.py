@@ -13,6 +13,7 @@ from orchestrator.cells import baseline_of
 from orchestrator.ledger import Ledger, TrialRow
 from orchestrator.ledger_schema import OVER, State
 from orchestrator.plan import Plan, PlannedTrial, canonical, interval_half_width
+from orchestrator.scored import until_scored
 from trainers.config import TrialConfig, trial_id
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,11 @@ class _Cell:
 class SeedGrowth:
     """The `Growth` of `seeds: {first, most, until}`: whole pairs of a cell and its baseline cell with further seeds.
 
-    A cell is decided once the first block of it and of its baseline is over, by the last value of the metric of each
-    pair that has one. Fewer than two such pairs show no variance: then nothing is added, and the next run of the sweep,
-    in which failed trials run again, decides. Decisions are kept in the ledger in their order, so that a budget of
-    trials cuts the same pairs off however often the driver was killed, and a larger one adds them.
+    A cell is decided once the first block of it and of its baseline is over, by the metric's last value up to the
+    step that a trial is scored at, of each pair that has one. Fewer than two such pairs show no variance: then nothing
+    is added, and the next run of the sweep, in which failed trials run again, decides. Decisions are kept in the ledger
+    in their order, so that a budget of trials cuts the same pairs off however often the driver was killed, and a larger
+    one adds them.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -183,8 +185,9 @@ class SeedGrowth:
 
 
 def _last(ledger: Ledger, row: TrialRow, metric: str) -> float | None:
-    """The last value of a finished trial's metric; None where there is none or it is not finite."""
+    """The value of the metric that a finished trial is scored with; None where there is none or it is not finite."""
     if ledger.row(row.trial_id).state != "finished":
         return None
-    last = next((value for _, name, value in reversed(ledger.metrics(row.trial_id)) if name == metric), None)
+    points = until_scored(ledger.metrics(row.trial_id))
+    last = next((value for _, name, value in reversed(points) if name == metric), None)
     return last if last is not None and math.isfinite(last) else None

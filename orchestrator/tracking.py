@@ -129,7 +129,10 @@ class Sink:
         self._wake.set()
 
     def flush(self, timeout: float) -> int:
-        """Wait until MLflow has everything, `timeout` seconds at most; how much it lacks (see `close`)."""
+        """Wait until MLflow has everything, `timeout` seconds at most; how much it lacks (see `close`).
+
+        Files that it has just refused to take are not waited for: `close` tries them again.
+        """
         deadline = time.monotonic() + timeout
         self._hurry.set()
         self._wake.set()
@@ -167,7 +170,9 @@ class Sink:
 
     def _lacking(self, leaving: bool) -> int:
         trials = self._ledger.undelivered(leaving=leaving)
-        return sum(t.pending + (t.wanted != t.delivered) for t in trials) + len(self._artifacts) + bool(self._notes)
+        put_off = not leaving and time.monotonic() < self._upload_after
+        uploads = 0 if put_off else len(self._artifacts) + bool(self._notes)
+        return sum(t.pending + (t.wanted != t.delivered) for t in trials) + uploads
 
     # The thread
 
@@ -288,7 +293,7 @@ class Sink:
 
         So it is where a server keeps its artifacts where only its own machine can write.
         """
-        if self._hurry.is_set():
+        if self._leaving.is_set():
             self._upload(store, parent_id)
         elif time.monotonic() >= self._upload_after:
             try:

@@ -21,9 +21,8 @@ from orchestrator.tracking_records import DataInput, check_tracking_uri, entity_
 MAX_METRICS = 1_000  # of one log_batch call (mlflow/utils/validation.py)
 _MAX_PARAMS_OR_TAGS = 100
 _PAGE = 500
-_KIND = {
-    "mlflow.experimentKind": "custom_model_development"
-}  # else the UI guesses, and shows views for language models
+# Without it MLflow's user interface guesses, and shows views for language models.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _TRIES, _QUICK_S, _PAUSE_S = 4, 1.0, 0.05  # a call that failed within a second is made again at once, so many times
 
 T = TypeVar("T")

@@ -185,7 +185,7 @@ def _port(asked: int | None) -> int:
     """The port that is asked for, else the first free one.
 
     Raises:
-        ValueError: it is taken.
+        ValueError: it is taken, or the system's alone.
     """
     ports = range(FIRST_PORT, FIRST_PORT + PORTS) if asked is None else [asked]
     for port in ports:
@@ -193,6 +193,8 @@ def _port(asked: int | None) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
             try:
                 probe.bind(("127.0.0.1", port))
+            except PermissionError as error:
+                raise ValueError(f"port {port} may not be used by you; choose one above 1023 with --port") from error
             except OSError:
                 continue
             return port
@@ -203,7 +205,8 @@ def _port(asked: int | None) -> int:
 @contextmanager
 def _server(command: list[str], variables: dict[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
     """MLflow's server in a group of its own, which ends with the block, with a signal and with this process."""
-    before = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _leave) for number in heeded}  # nohup has SIGHUP ignored
     server = subprocess.Popen(
         command,
         env={**os.environ, **variables},

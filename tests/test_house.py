@@ -48,6 +48,7 @@ PLANNING = {
     "trainers.checkpoint_files",
     "trainers.explain",
     "trainers.settings",
+    "trainers.score_settings",
     "trainers.presets",
     "trainers.released",
     "trainers.files",

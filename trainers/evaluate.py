@@ -28,7 +28,8 @@ from trainers.tokens.location import on_grid
 from trainers.tokens.norms import NormRow, probe_rows
 from trainers.tokens.statistics import StatisticRow
 
-_OTHERS = ("train/", "val/", "test/", "tokens/last/", "tokens/onset_")  # metrics that no measurement gives
+# Metrics that no measurement gives.
+_OTHERS = ("train/", "val/", "test/", "score/", "system/", "tokens/last/", "tokens/onset_")
 _MAP_IMAGES = 8  # images whose last-layer norm maps are kept
 
 _PER_IMAGE = pa.schema(

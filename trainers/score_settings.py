@@ -10,6 +10,8 @@ from pydantic import AfterValidator, Field
 from trainers.explain import did_you_mean, shown
 from trainers.section import Section
 
+SCORE_STEP = "score/step"  # the metric that says which step was chosen
+
 # Metrics of token norms that every evaluation has; none of them is better by agreement, so a mode has to be given.
 TOKEN_METRICS = ("tokens/last/outlier_fraction", "tokens/last/outlier_fraction_150", "tokens/last/max_over_median")
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from trainers.optim import EMA
 from trainers.score_settings import ScoreConfig
 
-SCORE_STEP = "score/step"  # the metric that says which step was chosen
-
 
 class Scoring:
     """Chooses the scoring step by the rule and holds the weights of that step, on the CPU of the first rank.

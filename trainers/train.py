@@ -26,7 +26,8 @@ from trainers.evaluate import Evaluation
 from trainers.loader import CAPTIONS, TARGETS, Order, Reader, Shares, batches
 from trainers.measurement import Subject
 from trainers.methods import Method
-from trainers.scoring import SCORE_STEP, Scoring
+from trainers.score_settings import SCORE_STEP
+from trainers.scoring import Scoring
 from trainers.step import Stepper
 from trainers.streams import Streams
 from trainers.tokens import statistics as token_statistics

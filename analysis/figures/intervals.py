@@ -20,7 +20,7 @@ from analysis.figures.style import (
     shown,
     styled,
 )
-from analysis.labels import Unit, metric_label, unit
+from analysis.labels import Unit, method_text, metric_label, unit
 
 _MOST_CELLS = 24
 _LONGEST = 40  # letters of a cell's name
@@ -90,8 +90,7 @@ def _x_label(metric: str) -> str:
 
 
 def _methods(methods: Sequence[str]) -> str:
-    names = ", ".join(name.replace("_", " ") for name in methods)
-    return f"Intervals are by {names}." if methods else "There are no intervals."
+    return f"Intervals: {'; '.join(map(method_text, methods))}." if methods else "There are no intervals."
 
 
 def _kind(cell: Interval) -> str:

@@ -11,6 +11,7 @@ import pytest
 from analysis.answer import Answer, answer, supported
 from analysis.collect import PlannedTrial, SweepPlan, collect
 from analysis.results import evaluate
+from analysis.schemas import LOST
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, publish, registers_sweep
 
 BASELINE = {REGISTERS: 0}
@@ -22,7 +23,8 @@ def plan_of(counts: tuple[int, ...], primary: tuple[str, ...] = (TOP1,), **other
 
 
 def row_of(count: int, delta: float | None, low: float | None, high: float | None, **others: Any) -> dict[str, Any]:
-    row = {REGISTERS: count, "metric": TOP1, "primary": True, "n": 3, "n_missing": 0, "n_paired": 3, "mean": 0.5}
+    row = {REGISTERS: count, "metric": TOP1, "primary": True, "n": 3, "n_paired": 3, "mean": 0.5}
+    row |= {f"n_{status}": 0 for status in LOST}
     row |= {"delta": delta, "delta_low": low, "delta_high": high, "p_value": 0.01, "p_adjusted": 0.02, "flags": []}
     return row | others
 
@@ -74,6 +76,11 @@ def test_equal_pairs_and_unfinished_trials() -> None:
     said = said_of(BASE, row_of(1, 0.0, 0.0, 0.0, p_value=None, p_adjusted=None, n=2, n_missing=1))
     assert said.verdict == "No difference in top-1 (linear probe, test) was seen: equal in every pair."
     assert said.details[-1] == "Only 5 of 6 planned trials have a score so far."
+    # A mean difference of 0 may be one of pairs that differ, where the first seeds were equal.
+    unequal = said_of(BASE, row_of(1, 0.0, None, None, p_value=None, p_adjusted=None))
+    assert "equal" not in unequal.verdict
+    single = said_of(BASE, row_of(1, 0.0, None, None, n_paired=1, p_value=None, p_adjusted=None))
+    assert single.verdict.endswith("equal in every pair.")
 
 
 TREND = {REGISTERS: None, "axis": REGISTERS, "metric": TOP1, "primary": True, "direction": "falls"}
@@ -82,9 +89,12 @@ TREND = {REGISTERS: None, "axis": REGISTERS, "metric": TOP1, "primary": True, "d
 def test_trends_are_claimed_by_their_corrected_p() -> None:
     rows = (BASE, row_of(1, 0.1, 0.05, 0.15))
     found = [
-        (0.0004, "Top-1 (linear probe, test) falls with the number of registers (Page's trend test, p < 0.001)."),
+        (
+            0.0004,
+            "Top-1 (linear probe, test) falls with the number of registers (Page's trend test, corrected p < 0.001).",
+        ),
         (0.051, "No trend of top-1 (linear probe, test) with the number of registers could be shown (Page's trend "
-         "test, p = 0.051)."),
+         "test, corrected p = 0.051)."),
     ]  # fmt: skip
     for p, words in found:
         assert said_of(*rows, trends=[TREND | {"page_p": 0.0001, "page_p_adjusted": p}]).details[-1] == words
@@ -106,7 +116,16 @@ def test_the_smallest_number_without_outliers() -> None:
     )
     nothing = said_of(*rows, elimination=[eliminated(0, True, flags=["no_variance"]), eliminated(4, False)])
     assert nothing.verdict.endswith(" Already with 0 registers, fewer than 0.5 % of patches are outliers.")
-    assert nothing.details[-1].endswith("(upper bound 0.31 %; as no seed has any outlier, of further images alone).")
+    of_images = "(upper bound 0.31 %; with 0 registers of further images alone, as seeds give no bound)."
+    assert nothing.details[-1].endswith(of_images)
+    single = said_of(*rows, elimination=[eliminated(0, True, flags=["one_seed"]), eliminated(4, False)])
+    assert single.details[-1].endswith(of_images)
+    tracked = said_of(*rows, elimination=[eliminated(0, True, flags=["no_images"]), eliminated(4, False)])
+    assert tracked.details[-1].endswith("; with 0 registers of further seeds alone, as single images are not known).")
+    more = said_of(*rows, elimination=[eliminated(0, True), eliminated(4, False, upper=0.004, flags=["no_variance"])])
+    assert more.details[-1].endswith(
+        "(upper bound 0.4 %; with 4 registers of further images alone, as seeds give no bound)."
+    )
     unknown = said_of(*rows, elimination=[eliminated(0, False), eliminated(4, False)])
     assert "patches" not in unknown.verdict
     assert unknown.details[-1] == (

@@ -106,6 +106,10 @@ def test_a_table_for_readers(sweep: Sweep, tmp_path: Path) -> None:
     assert "Outlier fraction" in str(table)
     assert table.save(tmp_path / "t.tex").read_text() == table.to_latex()
     assert [pivot.metric for pivot in sweep.table().pivots] == [TOP1]
+    with pytest.raises(ValueError, match=r"values is 'flags'; allowed: mean, std"):
+        sweep.pivot(TOP1, values="flags")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"show is 'wrong'; allowed: both, spread, difference"):
+        sweep.table(show="wrong")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no metric 'nothing'"):
         sweep.table("nothing")
 

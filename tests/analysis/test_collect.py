@@ -131,6 +131,14 @@ def test_rows_are_sorted_however_a_file_has_them(tmp_path: Path) -> None:
             '{"sweep": "s", "axes": {}, "trials": [{"trial_id": "../../etc", "cell": {}, "seed": 0}]}',
             "not a trial's id",
         ),
+        ('{"sweep": "s", "axes": {}, "trials": [], "baseline": {"nope": 1}}', "'nope' is not an axis"),
+        ('{"sweep": "s", "axes": {}, "trials": [], "primary": "test/top1"}', "primary is not a list"),
+        ('{"sweep": "s", "axes": {}, "trials": [], "outlier_limit": NaN}', "outlier_limit is nan"),
+        (
+            '{"sweep": "s", "axes": {}, "trials": [{"trial_id": "a", "cell": {}, "seed": 0}, '
+            '{"trial_id": "a", "cell": {}, "seed": 1}]}',
+            "'a' is there twice",
+        ),
     ],
 )
 def test_without_a_plan_there_is_no_sweep(tmp_path: Path, text: str | None, message: str) -> None:
@@ -142,10 +150,10 @@ def test_without_a_plan_there_is_no_sweep(tmp_path: Path, text: str | None, mess
 
 def test_a_password_in_the_tracking_address_is_dropped(tmp_path: Path) -> None:
     folder = publish(tmp_path / "s", [Trial({REGISTERS: 0}, 0)])
-    (folder / "mlflow.json").write_text('{"tracking_uri": "https://me:secret@host:5000/x", "runs": null}')
+    (folder / "mlflow.json").write_text('{"tracking_uri": "https://me:secret@host:5000/x?key=secret", "runs": null}')
     mlflow = collect(folder).mlflow
     assert mlflow is not None
-    assert mlflow.tracking_uri == "https://host:5000/x"
+    assert mlflow.tracking_uri == "https://host:5000/x?key=***"
 
 
 def test_settings_are_typed_from_their_values() -> None:

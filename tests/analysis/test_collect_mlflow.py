@@ -25,8 +25,9 @@ import pytest
 
 from analysis import mlflow_store
 from analysis.collect import Frames, collect
-from analysis.collect_mlflow import collect_mlflow, collect_mlflow_all, metrics_table
-from analysis.mlflow_store import HISTORIES, redact
+from analysis.collect_mlflow import collect_mlflow, metrics_table
+from analysis.frames import redact
+from analysis.mlflow_store import HISTORIES
 from analysis.results import evaluate
 from orchestrator import publish
 from orchestrator.attempt import Outcome
@@ -420,8 +421,6 @@ def test_a_server_has_what_the_folder_has_whatever_its_limits(sweep: Sweep, monk
         monkeypatch.setattr(mlflow_store, "_BULK", "/ajax-api/2.0/mlflow/metrics/not-there")
         monkeypatch.setattr(mlflow_store, "_PAGE", 2)
         assert_equal(collect_mlflow(uri, sweep.name), published)
-        (several,) = collect_mlflow_all(uri, [sweep.name])
-        assert_equal(several, published)
 
 
 def test_mlflow_is_not_needed_to_read_a_folder() -> None:

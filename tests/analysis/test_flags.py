@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.collect import collect
-from analysis.labels import FLAGS, flag_text
+from analysis.flags import _PROVENANCE
+from analysis.labels import FLAGS, flag_text, metric_label
 from analysis.norms import EvaluatedNorms
 from analysis.results import evaluate
 from analysis.schemas import METRICS
@@ -187,6 +188,8 @@ def test_a_cell_of_which_nothing_exists_is_missing_in_every_row(tmp_path: Path) 
 def test_every_flag_that_is_given_is_put_into_words(tmp_path: Path) -> None:
     for flag in ("unequal_steps", "unequal_flops", "best_checkpoint", "scored_early", "adaptive", "observational"):
         assert flag_text(flag) == FLAGS[flag]
+    for name in _PROVENANCE.values():
+        assert f"mixed_{name}" in FLAGS
     assert flag_text("baseline_other_precision") == "trials and their baseline differ in precision"
 
 
@@ -196,3 +199,10 @@ def test_the_terminal_says_flags_in_words(tmp_path: Path) -> None:
     results = evaluate(collect(folder))
     caption = str(ablation_table(results.frames.plan, results.rows, results.varying).caption)
     assert FLAGS["adaptive"] in caption and FLAGS["unequal_flops"] in caption
+
+
+def test_the_terminal_says_which_primary_metrics_it_leaves_out(tmp_path: Path) -> None:
+    primary = [TOP1, OUTLIERS, "test/a", "test/b", "test/knn/top1"]
+    results = evaluate(collect(sweep(tmp_path / "s", registers_sweep(), primary=primary)))
+    caption = str(ablation_table(results.frames.plan, results.rows, results.varying).caption)
+    assert f"Primary too, but not shown: {metric_label(primary[-1])}." in caption

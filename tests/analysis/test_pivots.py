@@ -154,6 +154,7 @@ def test_lost_trials_are_words(tmp_path: Path) -> None:
     assert entry_lines(found.entries[0, 1], "spread", usual) == said[0, 1][:1]
     (difference,) = entry_lines(found.entries[0, 1], "difference", usual)
     assert difference.startswith("+9.85 [")  # 0.6015 − (0.502 + 0.504) / 2
+    assert difference.endswith("] (n = 2, 1 failed)")
     assert entry_lines(found.entries[0, 0], "difference", usual) == ("baseline",)
 
 

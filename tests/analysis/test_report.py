@@ -73,7 +73,8 @@ def test_only_its_own_script_may_run(whole: Analysis) -> None:
 def test_question_answer_and_compact_table_come_first(whole: Analysis) -> None:
     page = page_of(whole)
     order = [
-        "How many registers does a small ViT need? Answer Outlier fraction (last layer) is lower with 1, 2 and 4",
+        "How many registers does a small ViT need? deit3 · nano · scenes · 20 steps · 3 seeds",
+        "Answer Outlier fraction (last layer) is lower with 1, 2 and 4",
         "12 trials planned 11 finished 1 diverged",
         "registers trials top-1 (linear probe, test), % outlier fraction (last layer), %",
         "In numbers",
@@ -130,11 +131,29 @@ def test_numbers_lead_to_their_trials(whole: Analysis) -> None:
 
 def test_corrections_are_named_by_table(whole: Analysis) -> None:
     page = page_of(whole)
-    assert "p, Holm" in page.tables["metric"][0] and "p, Holm" in page.tables["along"][0]
-    assert "p, Benjamini–Hochberg" in page.tables["exploratory-table"][0]
+    assert "corrected p" in page.tables["metric"][0] and "p, Holm" in page.tables["along"][0]
+    assert "p, Benjamini–Hochberg" in page.tables["exploratory-table"][0] and "Holm" in page.words
     assert page.tables["along"][2][1:5] == ["num_registers", "4", "2", "falls"]
     elimination = page.tables["along-2"]
     assert [row[elimination[0].index("limit")] for row in elimination[1:]] == ["0.50"] * (len(elimination) - 1)
+
+
+def test_without_primary_metrics_no_correction_is_named_that_was_not_made(tmp_path: Path) -> None:
+    page = Page(html_of(publish(tmp_path / "s", registers_sweep(), baseline=BASELINE, primary=())))
+    for table in ("metric", "along"):
+        assert "p, Benjamini–Hochberg" in page.tables[table][0]
+    assert "Holm" not in page.words
+
+
+def test_every_primary_metric_has_a_table_of_its_own(tmp_path: Path) -> None:
+    trials = registers_sweep()
+    primary = [f"test/knn/k{k}/top1" for k in (1, 2, 3, 4, 5)]
+    for trial in trials:
+        trial.scores |= dict.fromkeys(primary, trial.scores[TOP1])
+    page = Page(html_of(publish(tmp_path / "s", trials, baseline=BASELINE, primary=primary)))
+    assert len(page.tables["summary"][0]) == 2 + 4 and "1 more primary metric: under Statistics" in page.words
+    assert all("corrected p" in page.tables[name][0] for name in ("metric", *(f"metric-{n}" for n in range(2, 6))))
+    assert not any("k = 5" in row[0] for row in page.tables["exploratory-table"])
 
 
 @pytest.mark.parametrize(
@@ -346,3 +365,13 @@ def test_a_page_of_300_cells_stays_small(tmp_path: Path) -> None:
     assert len(page.tables["summary"]) == 301
     assert len(page.tables["trials-table"]) == 601
     assert "To keep this page small, these are left out: curves of single seeds" in page.words
+
+
+def test_the_first_screen_says_what_was_trained_and_what_an_outlier_is(tmp_path: Path) -> None:
+    frames = collect(publish(tmp_path / "s", registers_sweep(), baseline={REGISTERS: 0}))
+    page = report.render(evaluate(frames), (), ())
+    above = page[: page.index("<table")]
+    assert "deit3 · nano · scenes · 20 steps · 3 seeds" in above
+    assert "An outlier is a patch token" in page
+    frames = collect(publish(tmp_path / "t", registers_sweep(), baseline={REGISTERS: 0}, primary=[TOP1]))
+    assert "An outlier is a patch token" not in report.render(evaluate(frames), (), ())

@@ -26,7 +26,7 @@ def test_differences_and_intervals_are_those_of_the_table(tmp_path: Path) -> Non
     drawn = named(pictures_of(publish(tmp_path / "s", trials, baseline=BASELINE)))["differences"]
     # −1, −1.05 and −1.15 points: Student's t interval with two degrees of freedom, 4.3027 · 0.07638 / √3 wide.
     assert "outlier fraction (last layer), difference in points: 1 register −1.07 [−1.26, −0.88]." in drawn.alternative
-    assert "0 registers" not in drawn.alternative and "paired t" in drawn.caption
+    assert "0 registers" not in drawn.alternative and "Student's t of paired differences" in drawn.caption
 
 
 @pytest.mark.usefixtures("unrendered")

@@ -15,7 +15,7 @@ from statsmodels.stats.multitest import multipletests
 
 from analysis import corrections, dunnett, statistics
 from analysis.answer import supported
-from analysis.cells import baseline_of, cells
+from analysis.cells import cells, compared_with
 from analysis.collect import collect
 from analysis.schemas import ABLATION
 from analysis.scores import last_scores
@@ -252,7 +252,7 @@ def test_idle_settings_do_not_hide_the_baseline(tmp_path: Path) -> None:
     # The other way round two cells would fit, so none does.
     plan = collect(tmp_path / "s").plan
     zero = cells(plan)[0]
-    assert baseline_of(zero, cells(plan), {REGISTERS: 4}) is None
+    assert compared_with(cells(plan), {REGISTERS: 4})[zero.key] is None
 
 
 def test_heads_that_were_chosen_on_validation_images_are_flagged(tmp_path: Path) -> None:

@@ -185,6 +185,8 @@ def test_forms_and_names_of_files() -> None:
     assert form_of(None, None) == "terminal"
     assert form_of(None, Path("a.tex")) == "latex"
     assert form_of("csv", Path("a.tex")) == "csv"
+    with pytest.raises(ValueError, match=r"a\.parquet would be no parquet file: --format is latex"):
+        form_of("latex", Path("a.parquet"))
     with pytest.raises(ValueError, match=r"a\.doc has no ending of a table; allowed: \.md, \.tex, \.csv, \.parquet"):
         form_of(None, Path("a.doc"))
     assert safe_names(["a/b", "a_b", "A b", "../..", "x" * 200]) == ["a_b", "a_b_2", "A_b_3", "metric", "x" * 80]

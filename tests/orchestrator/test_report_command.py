@@ -71,6 +71,19 @@ def test_report_writes_by_the_ending_of_a_file(
     assert (tmp_path / "t.md").read_text().startswith("**Top-1 (linear probe, test), %**")
 
 
+def test_what_cannot_be_read_is_said_beside_tables_and_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    publish(tmp_path / "first", registers_sweep(), baseline=BASELINE)
+    publish(tmp_path / "again", registers_sweep(), baseline=BASELINE)
+    next(path for path in sorted((tmp_path / "first" / "trials").iterdir())).joinpath("result.json").write_text("{")
+    for arguments in (("report", "first", "--format", "csv"), ("compare", "first", "again", "--json")):
+        code, out, err = run(monkeypatch, capsys, tmp_path, *arguments)
+        assert code == 0
+        assert "note: " not in out
+        assert err.startswith("note: trial ") and "result.json is unreadable" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

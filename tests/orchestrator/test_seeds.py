@@ -271,8 +271,9 @@ def test_cells_are_paired_as_the_analysis_pairs_them() -> None:
     plan = build_plan(Sweep(name="x", trial=NANO, axes=dict(axes), exclude=exclude))
     for baseline in ({"model.num_registers": 0}, {"optim.lr": 0.1}, {"model.reg_init_std": 0.02}):
         built = [analysed.Cell(cell, (AnalysedTrial("a", "a", cell, 0),)) for cell in plan.cells]
+        found = analysed.compared_with(built, baseline)
         for cell in built:
-            theirs = analysed.baseline_of(cell, built, baseline)
+            theirs = found[cell.key]
             ours = baseline_of(cell.values, plan.cells, baseline)
             assert ours == (None if theirs is None else theirs.values)
 

@@ -152,6 +152,27 @@ def test_a_port_that_is_taken_is_said_or_passed_over(taken: int, monkeypatch: py
         ui._port(None)
 
 
+def test_a_port_of_the_system_is_not_called_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(socket.socket):
+        def bind(self, _address: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(ui.socket, "socket", Refusing)
+    with pytest.raises(ValueError, match="port 80 may not be used by you; choose one above 1023 with --port"):
+        ui._port(80)
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with (tmp_path / "log").open("w+b") as log, ui._server([sys.executable, "-c", ""], {}, log):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == ui._leave
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "import sys; print('cannot open sqlite://u:hush@h'); sys.exit(3)"
     monkeypatch.setattr(tracking, "prepare_store", lambda *_: None)

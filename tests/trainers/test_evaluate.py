@@ -85,6 +85,11 @@ def taken(subject: Subject, _settings: None) -> Iterator[Metric]:
     yield Metric("test/linear/top1", 5.0)
 
 
+def choosing(subject: Subject, _settings: None) -> Iterator[Metric]:
+    """One that would say at which step the trial is scored."""
+    yield Metric("score/step", 4.0)
+
+
 def undefined(subject: Subject, _settings: None) -> Iterator[Metric]:
     """One that does not leave out what is undefined."""
     yield Metric("mine/ratio", float("nan"))
@@ -92,7 +97,11 @@ def undefined(subject: Subject, _settings: None) -> Iterator[Metric]:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("taken", "gives the metric test/linear/top1, a name that is taken"), ("undefined", "gives mine/ratio = nan")],
+    [
+        ("taken", "gives the metric test/linear/top1, a name that is taken"),
+        ("choosing", "gives the metric score/step, a name that is taken"),
+        ("undefined", "gives mine/ratio = nan"),
+    ],
 )
 def test_a_measurement_of_ones_own_spoils_no_other_metric(
     name: str, message: str, tiny: dict[str, Any], tmp_path: Path, data_cache: Path
