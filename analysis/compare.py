@@ -217,12 +217,13 @@ def _unfair(a: Trials, b: Trials, one: Cell, other: Cell) -> str | None:
 
 def _flags(results: Results) -> dict[tuple[str, str], set[str]]:
     """The flags of a sweep's own table by cell and metric, but for those about its own baseline."""
-    found = {}
-    each = len(results.rows) // max(1, len(results.cells))
-    for number, row in enumerate(results.rows):
-        kept = {flag for flag in row["flags"] if flag not in _OF_ONE_SWEEP and not flag.startswith("baseline_other_")}
-        found[results.cells[number // each].key, row["metric"]] = kept
-    return found
+    return {
+        (cell.key, metric): {
+            flag for flag in row["flags"] if flag not in _OF_ONE_SWEEP and not flag.startswith("baseline_other_")
+        }
+        for cell, rows in zip(results.cells, results.by_cell, strict=True)
+        for metric, row in rows.items()
+    }
 
 
 def _table(axes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> pa.Table:

@@ -8,6 +8,7 @@ from typing import Any
 
 from analysis.cells import Cell
 from analysis.labels import NONE, axis_labels, done_text, metric_label, unit, value_text
+from analysis.results import Results
 
 _MOST_COLUMNS = 12
 
@@ -41,18 +42,12 @@ class MeasuredTable:
     left_out: int
 
 
-def measured_tables(rows: Rows, everything: Sequence[Cell], varying: Sequence[str]) -> list[MeasuredTable]:
-    """The tables of all kinds of measurements that have a value in any cell.
-
-    Args:
-        rows: of the ablation table, cell by cell with equally many metrics each.
-        everything: the cells in the order of rows.
-        varying: the axes in which cells differ.
-    """
-    each = len(rows) // max(1, len(everything))
+def measured_tables(results: Results) -> list[MeasuredTable]:
+    """The tables of all kinds of measurements that have a value in any cell."""
+    varying = results.varying
     by_cell = [
-        (cell, {row["metric"]: row for row in rows[number * each : (number + 1) * each] if row["mean"] is not None})
-        for number, cell in enumerate(everything)
+        (cell, {metric: row for metric, row in rows.items() if row["mean"] is not None})
+        for cell, rows in zip(results.cells, results.by_cell, strict=True)
     ]
     names = sorted({name for _, metrics in by_cell for name in metrics})
     tables = [_plain(title, [n for n in names if n.startswith(begins)], by_cell, varying) for title, begins in _GROUPS]

@@ -56,8 +56,17 @@ class Interval:
     high: float
 
 
+def generator() -> np.random.Generator:
+    """What tables draw with, made anew for each interval, so that none depends on which others there are."""
+    return np.random.default_rng(_SEED)
+
+
 def paired(
-    cell: PerImage | None, baseline: PerImage | None, cell_score: float, baseline_score: float
+    cell: PerImage | None,
+    baseline: PerImage | None,
+    cell_score: float,
+    baseline_score: float,
+    random: np.random.Generator,
 ) -> Difference | None:
     """One run against one run of the baseline, as a Difference with one pair, no p-value, and bounds over images.
 
@@ -66,13 +75,13 @@ def paired(
     """
     if cell is None or baseline is None or not (cell.is_mean(cell_score) and baseline.is_mean(baseline_score)):
         return None
-    found = difference([cell], [baseline])
+    found = difference([cell], [baseline], random)
     if found is None:
         return None
     return Difference(1, baseline_score, cell_score - baseline_score, found.low, found.high, METHOD, None)
 
 
-def difference(cell: Sequence[PerImage], baseline: Sequence[PerImage]) -> Interval | None:
+def difference(cell: Sequence[PerImage], baseline: Sequence[PerImage], random: np.random.Generator) -> Interval | None:
     """The mean difference over images between two groups of given runs, each image's values averaged over runs.
 
     With several seeds it is the second level beside the interval over seeds: these runs, other images. None where the
@@ -82,25 +91,24 @@ def difference(cell: Sequence[PerImage], baseline: Sequence[PerImage]) -> Interv
     if not cell or not baseline or any(not _same_images(both[0], other) for other in both[1:]):
         return None
     own, theirs = (np.mean([one.values for one in group], axis=0) for group in (cell, baseline))
-    return interval((own - theirs)[np.isfinite(both[0].values)])
+    return interval((own - theirs)[np.isfinite(both[0].values)], random)
 
 
-def interval(values: Floats, confidence: float = CONFIDENCE) -> Interval | None:
+def interval(values: Floats, random: np.random.Generator, confidence: float = CONFIDENCE) -> Interval | None:
     """The mean of `values`, [n], finite, with the percentile interval of RESAMPLES resamples; None of fewer than two.
 
-    The draws depend on nothing but the values, and not on their order.
+    The draws depend on the generator and the values, and not on their order.
     """
     if len(values) < 2:
         return None
     ordered = np.sort(values)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(_resampled_means(ordered), (tail, 1 - tail))
+    low, high = np.quantile(_resampled_means(ordered, random), (tail, 1 - tail))
     return Interval(len(ordered), float(ordered.mean()), float(low), float(high))
 
 
-def _resampled_means(values: Floats) -> Floats:
+def _resampled_means(values: Floats, random: np.random.Generator) -> Floats:
     """Means of RESAMPLES samples with replacement, of as many images as there are, [RESAMPLES]."""
-    random = np.random.default_rng(_SEED)
     n = len(values)
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= _FEW:  # how often each value is drawn is multinomial, which is the same sample

@@ -138,8 +138,7 @@ def _scores(results: Results) -> dict[str, Any]:
         ),
         "others_left_out": max(0, len(others) - _MOST_ROWS),
         "measured": [
-            (facts.measured(names.new("measured"), table), table.left_out)
-            for table in measured_tables(rows, results.cells, results.varying)
+            (facts.measured(names.new("measured"), table), table.left_out) for table in measured_tables(results)
         ],
         "trials": views.trials(results, metrics),
     }

@@ -145,12 +145,11 @@ def measured(name: str, table: MeasuredTable) -> Grid:
 
 def references(results: Results, runs: Rows) -> Grid:
     """The paper's values beside ours; what weights turned out to be is known of each cell alone."""
-    each = len(results.rows) // max(1, len(results.cells))
     by_id = {run["trial_id"]: run for run in runs}
     with_settings: list[dict[str, Any]] = []
-    for number, cell in enumerate(results.cells):
+    for cell, own in zip(results.cells, results.by_cell, strict=True):
         shared = _shared(cell, by_id)
-        with_settings += ({**shared, **row} for row in results.rows[number * each : (number + 1) * each])
+        with_settings += ({**shared, **row} for row in own.values())
     rows = tuple(
         Row(
             (

@@ -32,22 +32,13 @@ def names_of(results: Results) -> list[str]:
     return [clipped(cell_name(cell.values, results.varying, labels), _LONGEST_NAME) for cell in results.cells]
 
 
-def by_cell(results: Results) -> list[dict[str, Mapping[str, Any]]]:
-    """For each cell its rows of the ablation table by metric."""
-    each = len(results.rows) // max(1, len(results.cells))
-    return [
-        {row["metric"]: row for row in results.rows[number * each : (number + 1) * each]}
-        for number in range(len(results.cells))
-    ]
-
-
 def compact(results: Results, metrics: Sequence[str]) -> tuple[Grid, list[tuple[int, str]]]:
     """The table of the first screen: a row a cell, a column a metric; and its notes, each flag with its number."""
     axes = [*results.varying] or list(results.frames.plan.axes)[:1]
     labels, names = axis_labels(results.frames.plan.axes), names_of(results)
     numbers: dict[str, int] = {}
     rows = []
-    for index, found in enumerate(by_cell(results)):
+    for index, found in enumerate(results.by_cell):
         chosen = [found[metric] for metric in metrics]
         values = results.cells[index].values
         rows.append(
@@ -111,7 +102,7 @@ def statistics(
         primary: whether the metrics were declared primary, which decides how their p-values are corrected.
         several: whether there are several metrics, which are then named in each row.
     """
-    found, names = by_cell(results), names_of(results)
+    found, names = results.by_cell, names_of(results)
     labels = axis_labels(results.frames.plan.axes)
     rows = []
     for index, metric in chosen:
@@ -156,7 +147,7 @@ def warnings(results: Results, metrics: Sequence[str]) -> list[tuple[str, str, l
     names = names_of(results)
     found: dict[str, dict[str, list[str]]] = {}
     for metric in metrics:
-        for index, rows in enumerate(by_cell(results)):
+        for index, rows in enumerate(results.by_cell):
             for flag in rows[metric]["flags"]:
                 if flag != "baseline":
                     found.setdefault(flag, {}).setdefault(metric, []).append(names[index])

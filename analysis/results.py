@@ -72,6 +72,13 @@ class Results:
         return rows
 
     @cached_property
+    def by_cell(self) -> list[dict[str, dict[str, Any]]]:
+        """The rows of `ablation` by metric, for each of `cells`."""
+        each = len(self.rows) // max(1, len(self.cells))
+        own = (self.rows[number * each : (number + 1) * each] for number in range(len(self.cells)))
+        return [{row["metric"]: row for row in rows} for rows in own]
+
+    @cached_property
     def said(self) -> Answer:
         """The answer to the sweep's question: a verdict in plain words, and its numbers."""
         return answer(self.frames.plan, self.rows, self.varying, self.trends.to_pylist(), self.elimination.to_pylist())

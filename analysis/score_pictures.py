@@ -82,8 +82,7 @@ def file_name(metric: str) -> str:
 
 def _differences(results: Results, layout: Layout) -> Drawn | None:
     """Differences of primary metrics, cells in the order of the layout; None where no cell has one."""
-    each = len(results.rows) // max(1, len(results.cells))
-    by_cell = {cell.key: results.rows[i * each : (i + 1) * each] for i, cell in enumerate(results.cells)}
+    by_key = dict(zip((cell.key for cell in results.cells), results.by_cell, strict=True))
     labels = {
         cell.key: f"{series}, {layout.label(cell)}" if series else layout.label(cell)
         for series, members in layout.series.items()
@@ -93,11 +92,11 @@ def _differences(results: Results, layout: Layout) -> Drawn | None:
     methods: set[str] = set()
     for metric in results.frames.plan.primary:
         for key, label in labels.items():
-            for row in by_cell[key]:
-                if row["metric"] == metric and row["delta"] is not None:
-                    ends = row["delta_low"], row["delta_high"]
-                    found.setdefault(metric, []).append(Interval(label, row["delta"], *ends, supported(row)))
-                    methods |= {row["interval_method"]} if ends[0] is not None else set()
+            row = by_key[key][metric]
+            if row["delta"] is not None:
+                ends = row["delta_low"], row["delta_high"]
+                found.setdefault(metric, []).append(Interval(label, row["delta"], *ends, supported(row)))
+                methods |= {row["interval_method"]} if ends[0] is not None else set()
     return intervals.differences(found, sorted(methods)) if found else None
 
 

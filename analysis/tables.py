@@ -111,7 +111,7 @@ def _over_images(
         if own is None or theirs is None:
             continue
         mine, other = (of_images(one.trials[0].trial_id, metric) for one in (cell, baseline))
-        if (difference := image_bootstrap.paired(mine, other, own, theirs)) is not None:
+        if (difference := image_bootstrap.paired(mine, other, own, theirs, image_bootstrap.generator())) is not None:
             found[cell.key] = difference
     return found
 

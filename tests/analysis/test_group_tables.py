@@ -7,13 +7,13 @@ from pathlib import Path
 from analysis.cells import cells
 from analysis.collect import collect
 from analysis.group_tables import MeasuredTable, cost_table, measured_tables
-from analysis.tables import ablation
+from analysis.results import evaluate
 from tests.analysis.fabricated import REGISTERS, Trial, publish
 
 
 def tables_of(folder: Path, trials: list[Trial]) -> dict[str, MeasuredTable]:
     frames = collect(publish(folder, trials, baseline={REGISTERS: 0}))
-    found = measured_tables(ablation(frames).to_pylist(), cells(frames.plan), [REGISTERS])
+    found = measured_tables(evaluate(frames))
     return {table.title.split(":")[0]: table for table in found}
 
 
@@ -75,8 +75,8 @@ def test_recurrence_has_a_row_for_each_view(tmp_path: Path) -> None:
         "outliers that recur at the same place, %",
     ]
     assert table.rows == (
-        (("0", "scale 1.5, antialiased"), ("–", "100.00", "–")),
-        (("0", "shift"), ("1.00", "50.00", "25.00")),
+        (("scale 1.5, antialiased",), ("–", "100.00", "–")),
+        (("shift",), ("1.00", "50.00", "25.00")),
     )
 
 

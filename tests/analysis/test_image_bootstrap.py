@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +14,27 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from analysis import image_bootstrap
 from analysis.answer import supported
 from analysis.collect import collect
-from analysis.image_bootstrap import METHOD, PerImage, difference, interval, paired
+from analysis.image_bootstrap import METHOD, Interval, PerImage, generator
 from analysis.results import evaluate
+from analysis.statistics import Difference
 from tests.analysis.fabricated import REGISTERS, TOP1, Trial, publish
+
+
+def interval(values: NDArray[np.float64]) -> Interval | None:
+    return image_bootstrap.interval(values, generator())
+
+
+def difference(cell: Sequence[PerImage], baseline: Sequence[PerImage]) -> Interval | None:
+    return image_bootstrap.difference(cell, baseline, generator())
+
+
+def paired(
+    cell: PerImage | None, baseline: PerImage | None, cell_score: float, baseline_score: float
+) -> Difference | None:
+    return image_bootstrap.paired(cell, baseline, cell_score, baseline_score, generator())
 
 
 def images(values: NDArray[np.float64], data: str = "d") -> PerImage:
