@@ -383,7 +383,7 @@ def test_a_real_sweep_gets_more_seeds_within_its_budget(tmp_path: Path) -> None:
         rows = pq.read_table(small.root / "tables" / "ablation.parquet").to_pylist()
         losses = [row for row in rows if row["metric"] == "train/loss"]
         assert [(row["n"], row["n_missing"]) for row in losses] == [(seeds, 0), (seeds, 0)]
-        assert [row["flags"] for row in losses] == [["adaptive", "baseline"], ["adaptive"]]
+        assert [row["flags"] for row in losses] == [["adaptive", "baseline"], ["adaptive", "unequal_flops"]]
         assert losses[1]["interval_method"] == "stein two-stage t"
     tables = small.tables()
     assert small.run("--in-process").returncode == 0
