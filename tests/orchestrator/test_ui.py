@@ -222,12 +222,21 @@ def test_a_signal_ends_the_server_and_frees_its_port(number: int, code: int, tmp
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*ORCHESTRATE, "ui", "--storage", str(tmp_path), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
-        assert ui._is_healthy(port)
-        process.send_signal(number)
-        assert process.wait(30) == code
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `make test-slow &` ignores it
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"MLflow at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+            assert ui._is_healthy(port)
+            process.send_signal(number)
+            assert process.wait(30) == code
+        finally:
+            process.kill()
     deadline = time.monotonic() + 20
     while ui._is_healthy(port):
         assert time.monotonic() < deadline
