@@ -138,7 +138,7 @@ def test_two_ranks_on_two_nodes_go_on_when_one_is_killed_and_when_its_node_is_lo
         simulated.add_node(num_cpus=1)
         driver = begin(lost, *arguments, *address)
         wait_for(lambda: reported(lost) >= 20)
-        of_trial = next(node for node in simulated.worker_nodes if _processes(node, "ray::ResourceTrainable"))
+        of_trial = _node_of(simulated, "ray::ResourceTrainable")
         with_rank = [node for node in simulated.worker_nodes if _processes(node, "ray::Rank")]
         removed = time.time()
         simulated.remove_node(next(node for node in with_rank if node is not of_trial), allow_graceful=False)
@@ -153,6 +153,18 @@ def test_two_ranks_on_two_nodes_go_on_when_one_is_killed_and_when_its_node_is_lo
     again = max(row.started_ms for row in ledger_attempts.on_host(lost.root / "ledger.db", os.uname().nodename))
     print(f"the rank of a lost node goes on elsewhere {again / 1000 - removed:.1f} s after its loss")  # pytest -rP
     assert again / 1000 - removed < 30
+
+
+def _node_of(simulated: Any, name: str) -> Any:
+    """The node with a process that Ray has named so; looked for again, since Ray changes names while work goes on."""
+    found: list[Any] = []
+
+    def is_there() -> bool:
+        found[:] = [node for node in simulated.worker_nodes if _processes(node, name)]
+        return bool(found)
+
+    wait_for(is_there)
+    return found[0]
 
 
 def _processes(node: Any, name: str) -> list[psutil.Process]:
