@@ -38,7 +38,6 @@ __all__ = [
     "PlannedTrial",
     "SweepPlan",
     "collect",
-    "collect_all",
     "flatten",
     "read_plan",
 ]
@@ -79,15 +78,6 @@ def collect(folder: Path, *, keep: bool = True) -> Frames:
         mlflow=mlflow,
         problems=tuple(problems),
     )
-
-
-def collect_all(folders: Iterable[Path], *, keep: bool = True) -> tuple[Frames, ...]:
-    """The frames of several sweeps, in the order of `folders`.
-
-    Raises:
-        ValueError: one of them has no readable plan.
-    """
-    return tuple(collect(folder, keep=keep) for folder in folders)
 
 
 def _places(folder: Path, trials: Sequence[PlannedTrial], keep: bool) -> list[_Place]:

@@ -147,10 +147,14 @@ def compare(
 ) -> dict[Name, Difference]:
     """Every cell of `cells` against the one named `baseline`, all intervals together covering with `confidence`.
 
-    Two cells: `paired_t`. More: one residual variance for all (`pooled_dunnett`) unless `variances_differ`; then, and
+    Two cells: `paired_t`. More: one residual variance for all (POOLED_DUNNETT) unless `variances_differ`; then, and
     where nothing can be pooled, `paired_t` at Bonferroni's level. A cell is compared over the seeds S that it shares
     with the baseline, and the variance is pooled over all cells that have all of S: a trial that failed costs the
     others nothing, and its own cell that seed alone.
+
+    The pooled model is value = cell + seed + noise with equal variance everywhere; its residuals have
+    (cells - 1)(seeds - 1) degrees of freedom. The critical value is Dunnett's (1955) for equal correlation 1/2; p-values
+    are of single comparisons, to be corrected by the caller.
 
     Args:
         cells: values by seed, finite; by name of the cell, the baseline's included.
@@ -170,29 +174,6 @@ def compare(
         else:
             found[name] = _pooled(layout, cells[name], theirs, several, confidence)
     return found
-
-
-def pooled_dunnett(
-    cells: Mapping[Name, Mapping[int, float]], baseline: Name, confidence: float = CONFIDENCE
-) -> dict[Name, Difference]:
-    """Every cell against `baseline` with one residual variance for all, and intervals that hold simultaneously.
-
-    The model is value = cell + seed + noise with equal variance everywhere; its residuals have
-    (cells - 1)(seeds - 1) degrees of freedom. The critical value is Dunnett's (1955) for equal correlation 1/2, so
-    that all intervals together cover with `confidence`; p-values are single comparisons, to be corrected by the
-    caller. Only seeds that every cell has take part. `compare` says where variances differ.
-
-    Raises:
-        ValueError: fewer than two cells, fewer than two common seeds, or residuals without any variance.
-    """
-    seeds = tuple(sorted(set.intersection(*(set(values) for values in cells.values()))))
-    if len(cells) < 2 or len(seeds) < 2:
-        raise ValueError(f"pooling needs 2 cells and 2 common seeds; given: {len(cells)} and {len(seeds)}")
-    others = [name for name in cells if name != baseline]
-    layout = _fit(_values(cells, baseline, others, seeds), seeds)
-    if layout is None:
-        raise ValueError("the residuals have no variance to pool")
-    return {name: _pooled(layout, cells[name], cells[baseline], len(others), confidence) for name in others}
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from analysis import collect as collecting
 from analysis import shards, trial_files
-from analysis.collect import CACHE, Frames, collect, collect_all
-from tests.analysis.fabricated import REGISTERS, Trial, publish, registers_sweep
+from analysis.collect import CACHE, Frames, collect
+from tests.analysis.fabricated import Trial, publish, registers_sweep
 
 
 def same(one: Frames, other: Frames) -> bool:
@@ -297,13 +297,6 @@ def _change(folder: Path, trials: list[Trial], change: str, number: int) -> None
     elif change.startswith("remove"):
         name = {"result": "result.json", "config": "config.json", "norms": "token_norms.parquet"}[change.split()[1]]
         (place / name).unlink(missing_ok=True)
-
-
-def test_several_sweeps(tmp_path: Path) -> None:
-    folders = [publish(tmp_path / name, registers_sweep(counts=(count,))) for name, count in (("a", 1), ("b", 4))]
-    one, other = collect_all(folders)
-    assert (one.plan.sweep, other.plan.sweep) == ("a", "b")
-    assert set(other.runs[REGISTERS].to_pylist()) == {4}
 
 
 def test_text_that_no_column_can_hold_is_a_problem(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import statsmodels.api as sm
 from scipy import stats
 
-from analysis import dunnett, statistics
+from analysis import statistics
+from tests.analysis.least_squares import numbers, pooled
 
 
 def test_summary_by_hand() -> None:
@@ -99,43 +99,10 @@ def test_stein_says_as_paired_t_what_too_few_or_equal_pairs_lack() -> None:
     assert (equal.no_variance, equal.low, equal.high) == (True, 0.5, 0.5)
 
 
-def test_pooled_intervals_by_hand() -> None:
-    # Two cells, three seeds: pooling is the paired t-test, whose numbers are known.
-    cells = {"base": {0: 10.0, 1: 20.0, 2: 30.0}, "other": {0: 11.0, 1: 22.0, 2: 33.0}}
-    pooled = statistics.pooled_dunnett(cells, "base")["other"]
-    paired = statistics.paired_t(cells["other"], cells["base"])
-    assert (pooled.delta, pooled.p_value) == (paired.delta, pytest.approx(paired.p_value))
-    assert (pooled.low, pooled.high) == pytest.approx((paired.low, paired.high), rel=1e-6)
-    assert pooled.method == "pooled_dunnett"
-
-
-def test_pooling_needs_something_to_pool() -> None:
-    with pytest.raises(ValueError, match="2 common seeds"):
-        statistics.pooled_dunnett({"a": {0: 1.0}, "b": {0: 2.0}}, "a")
-    with pytest.raises(ValueError, match="no variance"):
-        statistics.pooled_dunnett({"a": {0: 1.0, 1: 2.0}, "b": {0: 2.0, 1: 3.0}}, "a")
-
-
 def covers_zero(difference: statistics.Difference) -> bool:
     assert difference.low is not None
     assert difference.high is not None
     return difference.low <= 0 <= difference.high
-
-
-def test_pooled_residuals_equal_those_of_least_squares() -> None:
-    """OLS with a dummy for every cell and seed (statsmodels): variance, degrees, differences, t and p."""
-    random = np.random.default_rng(1)
-    values = random.normal(size=(4, 5)) + random.normal(size=5) + np.array([[0.0], [1.0], [0.0], [2.0]])
-    cells = {name: dict(enumerate(row.tolist())) for name, row in enumerate(values)}
-    cell, seed = np.repeat(np.arange(4), 5), np.tile(np.arange(5), 4)
-    dummies = [np.ones(20), *(cell == c for c in (1, 2, 3)), *(seed == s for s in (1, 2, 3, 4))]
-    fit = sm.OLS(values.ravel(), np.column_stack(dummies).astype(float)).fit()
-    for name, found in statistics.pooled_dunnett(cells, 0).items():
-        assert found.freedom == fit.df_resid == 12
-        assert (found.delta, found.t) == (pytest.approx(fit.params[name]), pytest.approx(fit.tvalues[name]))
-        assert found.p_value == pytest.approx(fit.pvalues[name], rel=1e-9)
-        assert found.high is not None and found.delta is not None
-        assert found.high - found.delta == pytest.approx(dunnett.critical(3, 12, 0.95) * fit.bse[name])
 
 
 def grown(random: np.random.Generator, deviations: Sequence[float], seeds: int) -> dict[int, dict[int, float]]:
@@ -145,7 +112,9 @@ def grown(random: np.random.Generator, deviations: Sequence[float], seeds: int) 
 
 def test_cells_that_scatter_alike_are_pooled() -> None:
     cells = grown(np.random.default_rng(0), [1.0] * 6, 5)
-    assert statistics.compare(cells, 0) == statistics.pooled_dunnett(cells, 0)
+    found = statistics.compare(cells, 0)
+    assert {one.method for one in found.values()} == {"pooled_dunnett"}
+    assert numbers(found) == {name: pytest.approx(values) for name, values in numbers(pooled(cells, 0)).items()}
 
 
 def test_two_cells_are_paired() -> None:
@@ -192,13 +161,14 @@ def test_a_lost_trial_costs_its_cell_that_seed_alone() -> None:
     assert [(one.n_paired, one.freedom) for one in found.values()] == [(5, 12)] * 3 + [(4, 12)]
     assert {one.method for one in found.values()} == {"pooled_dunnett"}
     over_four = {n: {s: v for s, v in values.items() if s != 2} for n, values in cells.items()}
-    assert found[4] == statistics.pooled_dunnett(over_four, 0)[4]
+    reference = {name: pytest.approx(values) for name, values in numbers(pooled(over_four, 0)).items()}
+    assert numbers(found)[4] == reference[4]
     assert found[1].delta == whole[1].delta
     without = {name: values for name, values in cells.items() if name != 4}
-    assert found[1].t == pytest.approx(statistics.pooled_dunnett(without, 0)[1].t)
+    assert found[1].t == pytest.approx(pooled(without, 0)[1].t)
     # A baseline that lost one costs all cells that seed.
     lost = {**cells, 0: {s: v for s, v in cells[0].items() if s != 2}}
-    assert statistics.compare(lost, 0) == statistics.pooled_dunnett(over_four, 0)
+    assert numbers(statistics.compare(lost, 0)) == reference
 
 
 def test_the_order_of_cells_and_seeds_changes_no_digit() -> None:

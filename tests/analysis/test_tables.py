@@ -22,6 +22,7 @@ from analysis.scores import last_scores
 from analysis.tables import ablation
 from analysis.thresholds import METRIC as FROZEN
 from tests.analysis.fabricated import OUTLIERS, REGISTERS, TOP1, Trial, publish, registers_sweep
+from tests.analysis.least_squares import pooled
 
 COUNTS = ("n", "n_missing", "n_failed", "n_diverged", "n_pruned", "n_stopped")
 
@@ -133,7 +134,7 @@ def test_every_baseline_has_a_variance_of_its_own(tmp_path: Path) -> None:
             for t in trials
             if t.cell["method"] == method
         }
-        expected = statistics.pooled_dunnett(cells_, 0)[2]
+        expected = pooled(cells_, 0)[2]
         row = row_of(table, method=method, model__num_registers=2)
         assert (row["delta_low"], row["delta_high"]) == (pytest.approx(expected.low), pytest.approx(expected.high))
 
@@ -308,7 +309,7 @@ def test_each_metric_has_its_interval(tmp_path: Path) -> None:
         trial.scores["train/loss"] = 1.0 + 0.1 * trial.seed
     table = table_of(tmp_path / "s", trials)
     values = {r: {t.seed: t.scores[TOP1] for t in trials if t.cell[REGISTERS] == r} for r in (0, 1, 2)}
-    expected = statistics.pooled_dunnett(values, 0)[2]
+    expected = pooled(values, 0)[2]
     row = row_of(table, TOP1, model__num_registers=2)
     assert (row["interval_method"], row["delta_low"]) == ("pooled_dunnett", pytest.approx(expected.low))
     assert row_of(table, "train/loss", model__num_registers=2)["interval_method"] == "paired_t_bonferroni"
