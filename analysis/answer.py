@@ -77,7 +77,7 @@ def answer(
     if plan.baseline is None:
         return Answer("Cannot tell: the sweep declares no baseline, so there is nothing to compare with.", along)
     words = _Words(tuple(varying), axis_labels(plan.axes), plan.baseline)
-    by_metric = {m: [row for row in rows if row["primary"] and row["metric"] == m] for m in plan.primary}
+    by_metric = {m: [row for row in rows if row["metric"] == m] for m in plan.primary}
     details = (*(said for metric, own in by_metric.items() for said in _detail(metric, own, words)), *along)
     plain = outliers[0][0] if len(outliers) == 1 else ""
     return Answer(" ".join(filter(None, (_verdict(by_metric, words), plain))), (*details, *_unfinished(by_metric)))

@@ -153,8 +153,8 @@ def compare(
     others nothing, and its own cell that seed alone.
 
     The pooled model is value = cell + seed + noise with equal variance everywhere; its residuals have
-    (cells - 1)(seeds - 1) degrees of freedom. The critical value is Dunnett's (1955) for equal correlation 1/2; p-values
-    are of single comparisons, to be corrected by the caller.
+    (cells - 1)(seeds - 1) degrees of freedom. The critical value is Dunnett's (1955) for equal correlation 1/2;
+    p-values are of single comparisons, to be corrected by the caller.
 
     Args:
         cells: values by seed, finite; by name of the cell, the baseline's included.
