@@ -160,7 +160,7 @@ def test_hostile_overrides_are_settings_or_problems(watched: Watched) -> None:
         for text in (name, f"{name}={name}", f"optim.lr={name}"):
             path, value, problems = parse(text)
             assert path or problems or value is None
-        assert sweep_name(overrides.renamed("fine", {"optim.lr": name})).startswith("fine@")
+        assert sweep_name(overrides.renamed("fine", {"optim.lr": name}, {})).startswith("fine@")
     watched.check()
 
 
